@@ -3,11 +3,13 @@
 //! A supervisor owns one directory in `runtime_dir()/mounts` with its record (`mount.json`), its control socket
 //! (`control.sock`) and its log. [`mounts()`] reads the records; a [`Mount`] sends requests to its supervisor.
 
+mod kernel_decode;
 mod lease;
 mod mounts;
 mod protocol;
 pub mod runtime;
 
+pub use kernel_decode::probe_kernel_decode;
 pub use lease::{Lease, LeaseHolder, RemovalMark, leased, leases, removals};
 pub use mounts::client::{ask, request_refresh, request_restart, request_unmount};
 pub use mounts::condemn::Condemnation;
@@ -17,14 +19,14 @@ pub use mounts::listing::{
 };
 pub use mounts::mount_lock::MountLock;
 pub use mounts::registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, socket_path};
-pub use mounts::status::{FileStatus, MountStatus, Residency, TemplateStatus};
+pub use mounts::status::{FileStatus, MountStatus, Residency, Served, TemplateStatus};
 pub use protocol::in_flight::{
     INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, RequestInfo, THREAD_SLOTS,
 };
 pub use protocol::messages::{CONTROL_VERSION, Failure, MAX_INODES, Request, Response, UnmountMode};
 pub use protocol::options::{MountOptions, OnDamage, ServeMode, parse_read_ahead, parse_seconds};
 pub use protocol::snapshot::{
-    BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage,
+    BackingKind, BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage,
 };
 pub use protocol::wire::{Channel, MAX_MESSAGE, Received};
 pub use runtime::runtime_dir;

@@ -14,14 +14,14 @@ const PAGE: usize = 4096;
 const BLOCKS: usize = 64;
 
 /// Incompressible data, so that each byte of the pack belongs to exactly one block.
-fn image() -> Vec<u8> {
+pub fn image() -> Vec<u8> {
     let mut bytes = vec![0; BLOCKS * BLOCK_SIZE as usize];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     bytes
 }
 
 /// Flips one byte in the middle of the largest pack.
-fn flip(store: &Path) {
+pub fn flip(store: &Path) {
     let mut packs: Vec<_> = fs::read_dir(store.join("packs")).unwrap().map(|e| e.unwrap().path()).collect();
     packs.sort_by_key(|p| fs::metadata(p).unwrap().len());
     let pack = File::options().read(true).write(true).open(packs.last().unwrap()).unwrap();
@@ -33,7 +33,7 @@ fn flip(store: &Path) {
 }
 
 /// Returns the blocks whose pages cannot be read; asserts that the pages of all other blocks have the expected bytes.
-fn lost_blocks(path: &Path, expected: &[u8]) -> Vec<usize> {
+pub fn lost_blocks(path: &Path, expected: &[u8]) -> Vec<usize> {
     let file = File::open(path).unwrap();
     let mut page = vec![0; PAGE];
     let mut lost = Vec::new();

@@ -3,6 +3,7 @@
 pub mod bad_input;
 pub mod cache_trouble;
 pub mod damage;
+pub mod kernel_decode;
 pub mod leaks;
 pub mod many_tags;
 pub mod own_paths;

@@ -166,6 +166,7 @@ fn check_every_holder(serve: &str) {
     let mut failures = Vec::new();
     let all = serve == "decode";
     for (way, expected) in WAYS.iter().filter(|(way, _)| all || BY_PASSTHROUGH.contains(way)) {
+        world.wait_until_verified(&digest);
         let held = Held::by(way, &world.file(&digest, FILE), &folder);
         let rm = world.stencil(&["rm", "web:1"]);
         let matches = match expected {
@@ -247,6 +248,12 @@ fn every_holder_of_a_template_keeps_its_bytes_by_decode() {
 fn every_holder_of_a_template_keeps_its_bytes_by_passthrough() {
     let _host = host::shared();
     check_every_holder("passthrough");
+}
+
+#[test]
+fn every_holder_of_a_template_keeps_its_bytes_by_kernel_decode() {
+    let _host = host::shared();
+    check_every_holder("kernel");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -109,7 +110,7 @@ impl TestMount {
         channel
     }
 
-    /// Creates an empty store and mounts it with `--serve SERVE` (`auto`, `passthrough`, `decode`).
+    /// Creates an empty store and mounts it with `--serve SERVE` (`auto`, `kernel`, `passthrough`, `decode`).
     pub fn new(serve: &str) -> TestMount {
         Self::with(&["--serve", serve])
     }
@@ -257,6 +258,25 @@ impl TestMount {
         self.import(&source, tag)
     }
 
+    /// Opens the files of a template, and waits until the kernel decodes them; does nothing for a mount with another
+    /// value of `--serve`.
+    #[track_caller]
+    pub fn wait_until_verified(&self, digest: &str) {
+        if self.status()["serve"] != "kernel" {
+            return;
+        }
+        for entry in std::fs::read_dir(self.mountpoint.join("by-id").join(digest)).unwrap() {
+            drop(std::fs::File::open(entry.unwrap().path()).unwrap());
+        }
+        wait_for("the verification of a template", || {
+            let status = self.status();
+            let template = status["templates"].as_array()?.iter().find(|t| t["digest"] == digest)?.clone();
+            let is_memory = |file: &&Value| !file["why"].as_str().unwrap_or("").contains("kind blob");
+            let files = template["files"].as_array()?.iter().filter(is_memory);
+            files.map(|file| file["serving"] == "kernel").reduce(|a, b| a && b)?.then_some(())
+        });
+    }
+
     /// Returns the output of `stencil --json status` for the mounts of all stores. Exit code 6 (a mount has lost its
     /// supervisor) is accepted.
     #[track_caller]
@@ -342,6 +362,10 @@ impl Drop for TestMount {
             let _ = process.signal(rustix::process::Signal::KILL);
         }
         while mount::unmount(&self.mountpoint, true).is_ok() {}
+        // The directory of the scenario is removed afterwards: sealed packs must not remain.
+        if let Ok(store) = stencilfs::store::Store::open(&self.store_dir()) {
+            let _ = store.unseal(&AtomicBool::new(false));
+        }
         assert!(
             std::thread::panicking() || self.expects_sigsys || !log.contains(SIGSYS),
             "a server made a forbidden system call:\n{log}"

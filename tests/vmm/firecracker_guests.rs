@@ -99,6 +99,8 @@ fn clones_survive_server_kills(serve: &str) {
     let source = boot(&world, &[]);
     world.stencil(&["capture", source.socket().to_str().unwrap(), "fc:1", "--quit"]).ok();
     drop(source);
+    let digest = world.json(&["inspect", "fc:1"])["digest"].as_str().unwrap().to_owned();
+    world.wait_until_verified(&digest);
     let mut clones = launch(&world, CLONES, &[]);
 
     // After one command, each guest has written to the pages of its stack and of its variables.
@@ -113,7 +115,6 @@ fn clones_survive_server_kills(serve: &str) {
     let error = audit["error_percent"].as_f64().unwrap();
     assert!(error.abs() <= 0.5, "{serve}: {audit}");
 
-    let digest = world.json(&["inspect", "fc:1"])["digest"].as_str().unwrap().to_owned();
     let memory = world.file(&digest, "memory");
     let mut drill = Drill::new(&world);
     for _ in 0..KILLS {
@@ -162,6 +163,11 @@ fn clones_of_a_firecracker_survive_server_kills_by_decode() {
 #[test]
 fn clones_of_a_firecracker_survive_server_kills_by_passthrough() {
     clones_survive_server_kills("passthrough");
+}
+
+#[test]
+fn clones_of_a_firecracker_survive_server_kills_by_kernel_decode() {
+    clones_survive_server_kills("kernel");
 }
 
 /// The memory that the commands `r` and `a` of the guest read: guest addresses.

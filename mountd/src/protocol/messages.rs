@@ -58,7 +58,7 @@ pub enum ServerRequest {
         /// At most [`MAX_KEYS`] keys.
         keys: Vec<FileKey>,
     },
-    /// Makes a filled backing immutable. The reply is `Done`.
+    /// Makes a filled backing immutable. The reply is [`ServerReply::Frozen`].
     Freeze {
         /// The backed file.
         key: FileKey,
@@ -70,6 +70,18 @@ pub enum ServerRequest {
         key: FileKey,
         /// `st_dev` and `st_ino` of the file that the server verified.
         identity: (u64, u64),
+        /// With kernel decode, when the file was verified, in seconds since 1970.
+        verified_at: Option<u64>,
+    },
+    /// Reports that all blocks of a registered backing were verified again. The reply is `Done`, when the store remembers the
+    /// result. After a report of damage the server answers no more opens with the backing.
+    Scrubbed {
+        /// The file.
+        key: FileKey,
+        /// When it was verified, in seconds since 1970.
+        at: u64,
+        /// The damage, as text.
+        damage: Option<String>,
     },
     /// Records why a file has no backing; `None` clears the reason when hydration starts again. The reply is `Done`.
     NoBacking {
@@ -128,6 +140,12 @@ pub enum ServerReply {
     Refused(Failure),
     /// The descriptor of the message is the file of a backing: at its full length, without data.
     Created,
+    /// The backing is immutable. The descriptor of the message is the file to verify: the file of the backing or, if the
+    /// server has filled it with an image for kernel decode, the file that the kernel decodes.
+    Frozen {
+        /// When the file was verified before, in seconds since 1970, if nothing has changed since.
+        verified_at: Option<u64>,
+    },
     /// The cache is full, but would have space without these backings: the server should stop answering opens with them
     /// and then send [`ServerRequest::Evict`].
     Evict(Vec<FileKey>),

@@ -103,6 +103,12 @@ impl FileSystem {
             self.condemned.opened(digest);
         }
         let opened = openable.and_then(|node| match node {
+            // The kernel fails such an open with EIO, which programs take for a defect.
+            Node::File(_, _, Serving::Passthrough)
+                if flags.contains(OFlags::DIRECT) && !self.backings.allow_direct_reads() =>
+            {
+                Err(Refusal::Invalid)
+            }
             Node::File(digest, file, Serving::Passthrough) => Ok(Some((self.tree.template(&digest)?, file))),
             Node::File(..) => {
                 self.stats.count(Counter::OpensDecode);

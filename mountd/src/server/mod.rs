@@ -38,8 +38,8 @@ use crate::protocol::named_fds::NamedFds;
 use crate::protocol::stats::Stats;
 use crate::protocol::{BESIDE, ServerReply, ServerRequest};
 use crate::server::adapter::Adapter;
-use crate::server::backings::Backings;
-use crate::server::backings::hydrate::Hydrator;
+use crate::server::backings::hydrate::{self, Hydrator, Ready};
+use crate::server::backings::{Backings, EarlierBacking};
 use crate::server::condemn_watcher::Watcher;
 use crate::server::fs::FileSystem;
 use crate::server::in_flight::Flights;
@@ -143,14 +143,21 @@ fn serve(
     let sockets = handshake_sockets()?;
     let late: Vec<FileKey> =
         backings.iter().filter(|b| b.id.is_none() && b.why.is_some()).map(|b| b.key.clone()).collect();
-    let backings = ready(backings);
+    let backings = earlier(backings);
     // Landlock rules refer to the directory itself, so the store must be reachable before they are made.
     open_store(&options.store, reply.is_some())?;
     let lacks = confine(&options.store)?;
     // Reopened in the sandbox: without capabilities, the server may have less access than before.
     let store = open_store(&options.store, reply.is_some())?;
     let tree = Arc::new(Tree::new(store.clone(), max_open, Arc::clone(&condemned)));
-    let hydrator = Hydrator::new(chosen.cache, Arc::clone(link), stats.clone(), Arc::clone(&condemned), cpus);
+    let scrub_interval = options.scrub_interval;
+    let hydrator = Hydrator::new(
+        (chosen.kind, chosen.cache),
+        Arc::clone(link),
+        stats.clone(),
+        Arc::clone(&condemned),
+        cpus,
+    );
     let made = Backings::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let watcher = Watcher {
         condemned: Arc::clone(&condemned),
@@ -168,6 +175,7 @@ fn serve(
     let outage = StoreOutage::new(store, Arc::clone(&reader), stats.clone(), STORE_TIMEOUT);
     let late = late.into_iter().map(|key| (tree.template(&key.digest).ok(), key)).collect();
     let unfinished = made.restore_late(late);
+    let wanted = Arc::clone(&tree);
     let filesystem =
         FileSystem { tree, reader, outage, backings: Arc::clone(&made), condemned, stats, flights };
 
@@ -182,6 +190,8 @@ fn serve(
     link.remove_timeout();
     watcher.start(rings);
     made.start(unfinished);
+    made.make_all(&wanted);
+    made.scrub(&wanted, scrub_interval);
     log::info!("serving with {threads} threads");
     session.run().map_err(|e| Error::failed("the FUSE connection failed").because(e))
 }
@@ -189,13 +199,18 @@ fn serve(
 /// Returns the registered backings with their descriptors, which have the same numbers as in the supervisor. A backing
 /// that was registered after the start of this process is not included: the supervisor returns it in reply to a
 /// reservation.
-fn ready(rows: Vec<BackingRow>) -> Vec<(FileKey, u32, OwnedFd)> {
-    let ready = rows.into_iter().filter_map(|row| Some((row.key, row.id?, row.descriptor?, row.identity)));
-    let inherited = |(key, id, number, identity)| {
+fn earlier(rows: Vec<BackingRow>) -> Vec<EarlierBacking> {
+    let opened = |row: BackingRow| {
+        let (id, number) = (row.id?, row.descriptor?);
         let fd = descriptor::take(number).ok()?;
-        fds::has_identity(&fd, identity).then_some((key, id, fd))
+        let file = fds::has_identity(&fd, row.identity).then_some(fd)?;
+        let verified_at = row.verified_at.unwrap_or_else(hydrate::now);
+        // A reason at a registered backing is damage.
+        let ready =
+            row.why.is_none().then_some(Ready { id, verified_at, file: file.into(), packs: Vec::new() });
+        Some(EarlierBacking { key: row.key, ready })
     };
-    ready.filter_map(inherited).collect()
+    rows.into_iter().filter_map(opened).collect()
 }
 
 /// Creates the sockets for the handshake, as the sandbox forbids new sockets.

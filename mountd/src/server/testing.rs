@@ -10,8 +10,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use stencilfs::control::{
-    CONTROL_VERSION, Channel, Chosen, CondemnedRow, MountOptions, OnDamage, Op, RequestInfo, ServeMode,
-    Snapshot,
+    BackingKind, CONTROL_VERSION, Channel, Chosen, CondemnedRow, MountOptions, OnDamage, Op, RequestInfo,
+    ServeMode, Snapshot,
 };
 use stencilfs::progress::Silent;
 use stencilfs::store::{BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Source, Store};
@@ -23,8 +23,8 @@ use tempfile::TempDir;
 use crate::protocol::link::Link;
 use crate::protocol::stats::Stats;
 use crate::protocol::{Cache, FileKey, Numbered, ServerReply, ServerRequest, fds};
-use crate::server::backings::Backings;
 use crate::server::backings::hydrate::Hydrator;
+use crate::server::backings::{Backings, EarlierBacking};
 use crate::server::fs::{FileSystem, FoundEntry};
 use crate::server::in_flight::Flights;
 use crate::server::pending::Opened;
@@ -82,7 +82,7 @@ impl Supervisor {
                 self.files.lock().unwrap().insert(key.clone(), fds::copy(&file).unwrap());
                 (ServerReply::Created, Some(file))
             }
-            ServerRequest::Register { key, identity } => {
+            ServerRequest::Register { key, identity, .. } => {
                 let files = self.files.lock().unwrap();
                 assert!(fds::has_identity(&files[key], *identity), "another file was verified");
                 (ServerReply::Registered(self.registered.fetch_add(1, Ordering::Relaxed) + 1), None)
@@ -90,6 +90,10 @@ impl Supervisor {
             ServerRequest::Evict { keys } => {
                 self.files.lock().unwrap().retain(|key, _| !keys.contains(key));
                 (ServerReply::Evicted(keys.clone()), None)
+            }
+            ServerRequest::Freeze { key } => {
+                let file = fds::copy(&self.files.lock().unwrap()[key]).unwrap();
+                (ServerReply::Frozen { verified_at: None }, Some(file))
             }
             _ => (ServerReply::Done, None),
         }
@@ -153,7 +157,7 @@ pub struct Setup {
     pub hydrate_timeout: Duration,
     pub longest_wait: Duration,
     pub on_damage: OnDamage,
-    pub ready: Vec<(FileKey, u32, OwnedFd)>,
+    pub earlier: Vec<EarlierBacking>,
     pub script: Script,
     pub held: Option<Held>,
 }
@@ -166,7 +170,7 @@ impl Setup {
             hydrate_timeout: LIMIT,
             longest_wait: LIMIT,
             on_damage: OnDamage::Eio,
-            ready: Vec::new(),
+            earlier: Vec::new(),
             script: Box::new(|_, _| None),
             held: None,
         }
@@ -240,14 +244,16 @@ impl World {
     }
 
     fn serve(dir: TempDir, store: Store, (digest, memory): (Digest, Vec<u8>), setup: Setup) -> World {
-        let Setup { mode, cache, hydrate_timeout, longest_wait, on_damage, ready, script, held } = setup;
+        let Setup { mode, cache, hydrate_timeout, longest_wait, on_damage, earlier, script, held } = setup;
         let supervisor = Arc::new(Supervisor::default());
         let link = supervise(Arc::clone(&supervisor), script, held);
         let stats = Stats::new(SharedCounters::create().unwrap());
         let condemned = Condemned::new(&[]);
         let tree = Arc::new(Tree::new(store.clone(), 64, Arc::clone(&condemned)));
-        let hydrator = Hydrator::new(cache, Arc::clone(&link), stats.clone(), Arc::clone(&condemned), 2);
-        let backings = Backings::new(mode, hydrate_timeout, hydrator, ready, stats.clone());
+        let kind = if mode == ServeMode::Kernel { BackingKind::Kernel } else { BackingKind::Copy };
+        let hydrator =
+            Hydrator::new((kind, cache), Arc::clone(&link), stats.clone(), Arc::clone(&condemned), 2);
+        let backings = Backings::new(mode, hydrate_timeout, hydrator, earlier, stats.clone());
         let replies = Replies::lock(2, Bytes::new(LARGEST_READ)).unwrap();
         let decoder = Decoder::new(Bytes::new(16 << 20), stats.clone(), replies);
         let damaged = DamagedReads::start(on_damage, Arc::clone(&link)).unwrap();
@@ -354,7 +360,7 @@ pub fn snapshot(world: &World, removed: Option<bool>) -> Snapshot {
         supervisor: ProcessId::current().unwrap(),
         init: Vec::new(),
         reply: None,
-        chosen: Chosen { cache: Cache::Memory, why: None, most: Bytes::ZERO },
+        chosen: Chosen { kind: BackingKind::Copy, cache: Cache::Memory, why: None, most: Bytes::ZERO },
         server: None,
         leaving: Vec::new(),
         page: (0, 0),

@@ -67,6 +67,7 @@ pub fn warn_about_differences(requested: &MountOptions, current: &MountOptions) 
         ("hydrate-timeout", requested.hydrate_timeout != current.hydrate_timeout),
         ("watchdog", requested.watchdog != current.watchdog),
         ("on-damage", requested.on_damage != current.on_damage),
+        ("scrub-interval", requested.scrub_interval != current.scrub_interval),
         ("read-ahead", requested.read_ahead != current.read_ahead),
         ("noexec", requested.noexec != current.noexec),
     ]

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use rustix::fs::{IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags, statfs, statvfs};
-use stencilfs::control::{Cache, Chosen, MountOptions, ServeMode};
+use rustix::fs::{Mode, OFlags, statfs, statvfs};
+use stencilfs::control::{BackingKind, Cache, Chosen, MountOptions, ServeMode, probe_kernel_decode};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::files::immutable;
 use stencilfs::sys::process::procfs;
 use stencilfs::units::Bytes;
 
@@ -19,7 +20,12 @@ const FLAGS2_OFFSET: usize = 40 + 16;
 /// # Errors
 /// Returns an error if passthrough or a cache directory was requested explicitly and cannot be used.
 pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
-    let nowhere = |why: &str| Chosen { cache: Cache::Nowhere(why.to_owned()), why: None, most: Bytes::ZERO };
+    let kind = match options.serve {
+        ServeMode::Kernel => BackingKind::Kernel,
+        ServeMode::Auto | ServeMode::Passthrough | ServeMode::Decode => BackingKind::Copy,
+    };
+    let nowhere =
+        |why: &str| Chosen { kind, cache: Cache::Nowhere(why.to_owned()), why: None, most: Bytes::ZERO };
     if options.serve == ServeMode::Decode {
         return Ok(nowhere("the mount is configured to decode"));
     }
@@ -39,18 +45,32 @@ pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
         let dir = std::fs::canonicalize(dir)
             .map_err(|e| Error::io("cannot resolve the cache directory", dir, e))?;
         let most = options.cache_size.map_or_else(|| half_of_free(&dir), Ok)?;
-        return Ok(Chosen { cache: Cache::Directory(dir), why: None, most });
+        if kind == BackingKind::Kernel
+            && let Err(error) = probe_kernel_decode(&dir, &options.store)
+        {
+            return Ok(nowhere(&unsupported(&error)));
+        }
+        return Ok(Chosen { kind, cache: Cache::Directory(dir), why: None, most });
+    }
+    if kind == BackingKind::Kernel {
+        return Ok(match probe_kernel_decode(&options.store, &options.store) {
+            Ok(()) => {
+                let most = options.cache_size.map_or_else(|| half_of_free(&options.store), Ok)?;
+                Chosen { kind, cache: Cache::Directory(options.store.clone()), why: None, most }
+            }
+            Err(error) => nowhere(&unsupported(&error)),
+        });
     }
     match probe(&options.store) {
         Ok(()) => {
             let most = options.cache_size.map_or_else(|| half_of_free(&options.store), Ok)?;
-            Ok(Chosen { cache: Cache::Directory(options.store.clone()), why: None, most })
+            Ok(Chosen { kind, cache: Cache::Directory(options.store.clone()), why: None, most })
         }
         Err(error) => {
             let why = format!("backings are in memory: the store's file system cannot hold them: {error}");
             log::warn!("{why}");
             let most = options.cache_size.map_or_else(quarter_of_memory, Ok)?;
-            Ok(Chosen { cache: Cache::Memory, why: Some(why), most })
+            Ok(Chosen { kind, cache: Cache::Memory, why: Some(why), most })
         }
     }
 }
@@ -73,7 +93,7 @@ fn probe(dir: &Path) -> Result<()> {
     let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
     let file = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)
         .map_err(fail("cannot create an unnamed file (O_TMPFILE)"))?;
-    freeze(&file).map_err(fail("cannot make a file immutable"))?;
+    immutable::set(&file).map_err(fail("cannot make a file immutable"))?;
     match rustix::io::pwrite(&file, b"x", 0) {
         Err(_) => Ok(()),
         // tmpfs, for example, checks the flag only in open(2).
@@ -84,10 +104,12 @@ fn probe(dir: &Path) -> Result<()> {
     }
 }
 
-/// Makes a file immutable, also through descriptors that are already open.
-pub fn freeze(file: impl std::os::fd::AsFd) -> rustix::io::Result<()> {
-    let flags = ioctl_getflags(&file)?;
-    ioctl_setflags(&file, flags | IFlags::IMMUTABLE)
+/// Returns, and logs, why files are served by decode although kernel decode was requested.
+fn unsupported(error: &Error) -> String {
+    let hint = error.hint_text().map_or(String::new(), |hint| format!(" ({hint})"));
+    let why = format!("the host does not support kernel decode: {error}{hint}");
+    log::warn!("{why}");
+    why
 }
 
 /// Returns the free space for unprivileged users on the file system of `dir`.

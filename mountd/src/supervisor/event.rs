@@ -11,9 +11,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use stencilfs::control::{Failure, FileKey, Request, Response, UnmountMode};
 use stencilfs::error::{Error, Result};
+use stencilfs::store::Proof;
 use stencilfs::sys::process::{Ended, ProcessId};
 use stencilfs::units::Bytes;
 
+use super::kernel_decode::Opened;
 use super::program::Program;
 use crate::protocol::{Numbered, ServerReply, ServerRequest};
 
@@ -61,8 +63,10 @@ pub struct Started {
 /// The result of a job.
 #[derive(Debug)]
 pub enum JobResult {
-    /// The job is done; the descriptor of the file, for a job that creates a file.
+    /// The job is done; the descriptor of the file, for a job that creates or opens a file.
     Done(Option<OwnedFd>),
+    /// The file that the kernel decodes, for a job that freezes a backing for kernel decode.
+    Decoded(Opened),
     /// Indices of the keys whose files no process uses.
     Unused(Vec<u64>),
     /// The operation failed, or the job died or timed out.
@@ -140,6 +144,8 @@ pub enum Task {
         /// Space that was reserved.
         reserved: Bytes,
     },
+    /// Remembers in the store when a file was verified for kernel decode; `None` to forget it.
+    Remember(FileKey, Option<(Proof, u64)>),
     /// Finds the keys whose files no process uses by passthrough.
     FindUnused(Vec<FileKey>),
     /// Unmounts.

@@ -11,6 +11,7 @@ pub mod callers;
 mod damage;
 mod event;
 pub mod jobs;
+mod kernel_decode;
 pub mod machine;
 pub mod program;
 pub mod resources;

@@ -420,8 +420,9 @@ impl Supervisor {
             Task::FreezeBacking { key, reserved } => {
                 let file = self.machine.backings().file(&key);
                 let file = file.ok_or_else(|| Error::failed("the file of the backing is closed"))?;
-                jobs::freeze_backing(&hidden, &mount.chosen.cache, file, reserved)
+                jobs::freeze_backing(&hidden, (&mount.chosen, &mount.options), &key, file, reserved)
             }
+            Task::Remember(key, verified) => jobs::remember(&hidden, &mount.options.store, &key, verified),
             Task::FindUnused(keys) => jobs::find_unused(&hidden, &mount.options.store, mount.device, &keys),
             Task::Unmount(mode) => {
                 jobs::unmount(&hidden, &mount.options, mount.device, mode, &self.resources.fuse)

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -31,10 +31,10 @@ pub struct MountArgs {
     #[arg(short = 'f', long)]
     foreground: bool,
     /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=,
-    /// read-ahead=, noexec
+    /// scrub-interval=, read-ahead=, noexec
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
-    /// Way to serve files: auto, passthrough or decode
+    /// Way to serve files: auto, kernel, passthrough or decode
     #[arg(long, value_name = "HOW", value_parser = value_parsers::word::<ServeMode>)]
     serve: Option<ServeMode>,
     /// Directory for passthrough backings [default: the store's directory]
@@ -52,6 +52,9 @@ pub struct MountArgs {
     /// What happens to a process that needs a damaged block: eio (only an error), stop or kill [default: eio]
     #[arg(long, value_name = "HOW", value_parser = value_parsers::word::<OnDamage>)]
     on_damage: Option<OnDamage>,
+    /// With kernel decode, seconds after which each block is verified again; 0 for never [default: a week]
+    #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
+    scrub_interval: Option<Duration>,
     /// Bytes that the kernel reads ahead in files served by decode; 0 for none [default: the kernel's, 128K]
     #[arg(long, value_name = "SIZE", value_parser = value_parsers::read_ahead)]
     read_ahead: Option<Bytes>,
@@ -84,6 +87,7 @@ impl MountArgs {
         options.hydrate_timeout = self.hydrate_timeout.unwrap_or(options.hydrate_timeout);
         options.watchdog = self.watchdog.unwrap_or(options.watchdog);
         options.on_damage = self.on_damage.unwrap_or(options.on_damage);
+        options.scrub_interval = self.scrub_interval.unwrap_or(options.scrub_interval);
         options.read_ahead = self.read_ahead.or(options.read_ahead);
         options.foreground = self.foreground;
         Ok(options)
@@ -108,5 +112,18 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
     if let Some(size) = options.read_ahead.filter(|size| set != Some(*size)) {
         crate::print_line!("note: the read-ahead is not {size}: the log of the mount has the reason");
     }
+    if options.serve == ServeMode::Kernel
+        && let Some(why) = no_backings(&options.mountpoint)
+    {
+        crate::print_line!("note: files are served by decode: {why}");
+    }
     Ok(Done::report(Mounted { mountpoint: options.mountpoint, store: options.store }))
+}
+
+/// Returns why a mount has no backings, if it has none.
+fn no_backings(mountpoint: &Path) -> Option<String> {
+    let mountpoint = std::fs::canonicalize(mountpoint).ok()?;
+    let mount = control::mounts().ok()?.into_iter().find(|mount| mount.mountpoint == mountpoint)?;
+    let status = mount.status().ok()?;
+    status.cache_why.filter(|_| status.cache.is_none())
 }

@@ -15,10 +15,10 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
 use crate::clones::counted;
 use crate::clones::find::{self, CloneProcess};
-use crate::control::{self, DeadMount, FileStatus, Mount, MountStatus};
+use crate::control::{self, DeadMount, FileStatus, Mount, MountStatus, Served};
 use crate::error::{Code, Error, Result};
 use crate::sanitize::{sanitize, utc};
-use crate::store::{Serving, Store};
+use crate::store::Store;
 use crate::sys::fuse::read_ahead;
 use crate::sys::process::paused;
 use crate::units::{Bytes, whole};
@@ -255,9 +255,9 @@ fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> i
 fn serving(file: &FileStatus) -> String {
     let name = file.serving.name();
     match (file.serving, file.hydrated, file.hydrated_bytes) {
-        (Serving::Decode, ..) | (_, true, _) => name.to_owned(),
-        (Serving::Passthrough, false, Bytes::ZERO) => format!("{name}, not hydrated yet"),
-        (Serving::Passthrough, false, filled) => format!("{name}, {filled} hydrated"),
+        (Served::Decode | Served::Kernel, ..) | (_, true, _) => name.to_owned(),
+        (Served::Passthrough, false, Bytes::ZERO) => format!("{name}, not hydrated yet"),
+        (Served::Passthrough, false, filled) => format!("{name}, {filled} hydrated"),
     }
 }
 

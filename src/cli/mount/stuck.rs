@@ -1,7 +1,7 @@
 //! Stuck FUSE connections: `stencil doctor` finds them, and aborts one after a confirmation.
 
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::users::{User, Users, list, unseen};
-use crate::cli::output::{Report, to_json};
+use crate::cli::output::{Report, confirm, to_json};
 use crate::clones::counted;
 use crate::control::{self, Mount};
 use crate::error::{Error, Result};
@@ -158,7 +158,7 @@ pub fn fix(number: Option<u32>, yes: bool) -> Result<Aborted> {
     crate::print_line!("warning: {name} will be aborted: all requests on it will fail");
     users.announce();
     if !yes {
-        confirm()?;
+        confirm("abort the connection?")?;
     }
     let device = procfs::makedev(0, stuck.connection);
     match mount::abort_fuse_connection(device) {
@@ -202,21 +202,5 @@ fn choose(mut stuck: Vec<Stuck>, number: Option<u32>) -> Result<Stuck> {
             Err(Error::usage(format!("{count} connections are stuck: {}", names.join(", ")))
                 .hint("name one connection: stencil doctor --fix-stuck N"))
         }
-    }
-}
-
-fn confirm() -> Result<()> {
-    let stdin = io::stdin();
-    if !stdin.is_terminal() {
-        return Err(Error::usage("cannot ask for a confirmation: standard input is not a terminal")
-            .hint("add --yes to abort without a confirmation"));
-    }
-    let _ = write!(io::stderr(), "abort the connection? [y/N] ");
-    let mut answer = String::new();
-    stdin.lock().read_line(&mut answer).map_err(|e| Error::failed("cannot read the answer").because(e))?;
-    match answer.trim() {
-        "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Error::failed("not aborted: the answer was not y")
-            .hint("run the command again and answer y, or add --yes")),
     }
 }

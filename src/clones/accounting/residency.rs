@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::Path;
 
 use crate::clones::find::{CloneProcess, Inodes, ServedFile};
-use crate::control::{Mount, Residency};
+use crate::control::{Mount, Residency, Served};
 use crate::error::Result;
 use crate::store::{Digest, Serving, StorePath};
 use crate::sys::files::file_handle;
@@ -13,17 +13,23 @@ use crate::sys::memory::cachestat;
 use crate::sys::process::{procfs, tasks};
 use crate::units::Bytes;
 
-/// Bytes in the page cache, by template and way of serving. Each mount has its own page cache, so the sizes add up.
-pub type Resident = BTreeMap<(Digest, Serving), Bytes>;
+/// Bytes in the page cache, by template and how it is served. Each mount has its own page cache, so the sizes add up.
+pub type Resident = BTreeMap<(Digest, Served), Bytes>;
 
 /// Measures all templates of all mounts.
 ///
 /// # Errors
 /// Returns an error if a supervisor does not respond or an inode cannot be opened.
-pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> Result<Resident> {
+pub fn resident(
+    mounts: &[Mount],
+    backings: &[(usize, Residency)],
+    inodes: &Inodes,
+    clones: &[CloneProcess],
+) -> Result<Resident> {
     let mut resident = Resident::new();
-    for (_, backing) in backings(mounts)? {
-        *resident.entry((backing.digest, Serving::Passthrough)).or_default() += backing.resident_bytes;
+    for (_, backing) in backings {
+        let served = Served::of(Serving::Passthrough, backing.kind);
+        *resident.entry((backing.digest, served)).or_default() += backing.resident_bytes;
     }
     each_inode(
         mounts,
@@ -31,7 +37,7 @@ pub fn resident(mounts: &[Mount], inodes: &Inodes, clones: &[CloneProcess]) -> R
         clones,
         |file| file.serving == Serving::Decode,
         |file, opened| {
-            *resident.entry((file.digest, Serving::Decode)).or_default() +=
+            *resident.entry((file.digest, Served::Decode)).or_default() +=
                 cachestat::cached(&opened)?.bytes();
             Ok(())
         },

@@ -13,6 +13,7 @@ use crate::clones::registry;
 use crate::control::Mount;
 use crate::error::Result;
 use crate::store::Digest;
+use crate::units::Bytes;
 
 /// One clone and its memory.
 #[derive(Debug, Clone, Serialize)]
@@ -86,9 +87,11 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     disks::add(&mut clones, &entries)?;
     let mut templates = Templates::of(mounts, only)?;
     let processes: Vec<CloneProcess> = clones.iter().map(|(clone, _)| clone.clone()).collect();
-    templates.add_residency(&residency::resident(mounts, &inodes, &processes)?);
-    templates.add_clones(&processes);
-    let store_cache = templates.store_cache()? + residency::daemons(mounts)?;
+    let backings = residency::backings(mounts)?;
+    templates.add_residency(&residency::resident(mounts, &backings, &inodes, &processes)?);
+    templates.add_clones(&processes, &backings);
+    let metadata: Bytes = backings.iter().map(|(_, backing)| backing.metadata_bytes).sum();
+    let store_cache = templates.store_cache()? + residency::daemons(mounts)? + metadata;
     let records = records_by_process(entries);
     let copied = Copied::of(&clones, &templates.opened, &records)?;
     let totals = Totals::new(&clones, &templates.rows(), store_cache, frames::distinct(&clones)?, copied)?;

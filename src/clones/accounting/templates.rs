@@ -6,10 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use serde::Serialize;
 
 use super::residency;
-use crate::clones::find::CloneProcess;
-use crate::control::Mount;
+use crate::clones::find::{CloneProcess, TemplateMapping};
+use crate::control::{BackingKind, Mount, Residency, Served};
 use crate::error::{Error, Result};
-use crate::store::{Digest, Serving, Store, StorePath, Template};
+use crate::store::{Digest, Store, StorePath, Template};
 use crate::units::Bytes;
 
 /// One template and the RAM that all its clones share.
@@ -19,8 +19,8 @@ pub struct TemplateMemory {
     pub digest: Digest,
     /// All tags of the template, as `NAME:TAG`.
     pub tags: BTreeSet<String>,
-    /// `passthrough`, `decode`, or `both` while mappings from before a promotion live; `idle` without pages or
-    /// mappings.
+    /// `kernel`, `passthrough`, `decode`, or `both` while the template is served in several ways, such as mappings from
+    /// before a promotion; `idle` without pages or mappings.
     pub serving: String,
     /// Length of all files.
     pub size_bytes: Bytes,
@@ -38,7 +38,7 @@ pub struct TemplateMemory {
 pub(super) struct Templates {
     pub opened: BTreeMap<Digest, Template>,
     rows: BTreeMap<Digest, TemplateMemory>,
-    servings: BTreeMap<Digest, Vec<Serving>>,
+    servings: BTreeMap<Digest, BTreeSet<Served>>,
     /// Files of the stores that hold the templates.
     files: BTreeSet<StorePath>,
 }
@@ -101,17 +101,23 @@ impl Templates {
     }
 
     pub fn add_residency(&mut self, resident: &residency::Resident) {
-        for ((digest, serving), bytes) in resident {
+        for ((digest, served), bytes) in resident {
             if let Some(row) = self.rows.get_mut(digest) {
                 row.resident_bytes += *bytes;
                 if *bytes > Bytes::ZERO {
-                    self.servings.entry(*digest).or_default().push(*serving);
+                    self.servings.entry(*digest).or_default().insert(*served);
                 }
             }
         }
     }
 
-    pub fn add_clones(&mut self, clones: &[CloneProcess]) {
+    pub fn add_clones(&mut self, clones: &[CloneProcess], backings: &[(usize, Residency)]) {
+        let kind = |map: &TemplateMapping| {
+            let of_map = |(mount, backing): &&(usize, Residency)| {
+                (*mount, backing.digest, &backing.file) == (map.mount, map.digest, &map.file)
+            };
+            backings.iter().find(of_map).map_or(BackingKind::Copy, |(_, backing)| backing.kind)
+        };
         for clone in clones {
             let mut digests: Vec<Digest> = clone.maps.iter().map(|map| map.digest).collect();
             digests.sort();
@@ -122,18 +128,16 @@ impl Templates {
                 }
             }
             for map in &clone.maps {
-                self.servings.entry(map.digest).or_default().push(map.serving);
+                let served = Served::of(map.serving, kind(map));
+                self.servings.entry(map.digest).or_default().insert(served);
             }
         }
         for (digest, row) in &mut self.rows {
-            let seen = self.servings.get(digest).map_or(&[][..], Vec::as_slice);
-            let (passthrough, decode) =
-                (seen.contains(&Serving::Passthrough), seen.contains(&Serving::Decode));
-            row.serving = match (passthrough, decode) {
-                (true, true) => "both",
-                (true, false) => "passthrough",
-                (false, true) => "decode",
-                (false, false) => "idle",
+            let mut seen = self.servings.get(digest).into_iter().flatten();
+            row.serving = match (seen.next(), seen.next()) {
+                (Some(_), Some(_)) => "both",
+                (Some(served), None) => served.name(),
+                (None, _) => "idle",
             }
             .to_owned();
         }

@@ -1,4 +1,4 @@
-//! Measures how much of each passthrough backing is in the page cache, through the processes that have the backings
+//! Measures how much of each backing is in the page cache, through the processes that have the backings
 //! open.
 
 use std::collections::HashMap;
@@ -14,18 +14,19 @@ use super::registry::Mount;
 use super::status::Residency;
 use crate::control::ledger;
 use crate::control::protocol::messages::{Request, Response};
-use crate::control::protocol::snapshot::{BackingRow, Snapshot};
+use crate::control::protocol::snapshot::{BackingKind, BackingRow, Snapshot};
 use crate::error::{Code, Error, Result};
 use crate::sys::fuse::control_fs::Waiting;
 use crate::sys::memory::cachestat;
 use crate::sys::process::tasks;
+use crate::units::Bytes;
 
 /// How often the measurement is repeated if the list of backings changes meanwhile.
 const ATTEMPTS: u32 = 20;
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Mount {
-    /// Returns how many bytes of each passthrough backing are in the page cache. Only the supervisor and the server
+    /// Returns how many bytes of each backing are in the page cache. Only the supervisor and the server
     /// have the backings open.
     ///
     /// # Errors
@@ -64,7 +65,9 @@ impl Mount {
     /// Returns `None` if the list of backings changes meanwhile: a request names a backing by its index only.
     fn try_read_through_supervisor(&self) -> Result<Option<Vec<Residency>>> {
         let mut files = Vec::new();
-        for (index, row) in self.snapshot()?.backings.into_iter().enumerate() {
+        let snapshot = self.snapshot()?;
+        let kind = snapshot.chosen.kind;
+        for (index, row) in snapshot.backings.into_iter().enumerate() {
             if row.id.is_none() {
                 continue;
             }
@@ -74,7 +77,7 @@ impl Mount {
                     if identity(&backing) != Some(row.identity) {
                         return Ok(None);
                     }
-                    files.push(resident(row, &backing)?);
+                    files.push(resident(kind, row, &backing)?);
                 }
                 Ok((other, _)) => return Err(unexpected(&other)),
                 Err(error) if error.code() == Code::NotFound => return Ok(None),
@@ -113,8 +116,9 @@ impl Mount {
         let (_, text) = ledger::newest(&open(ledger)?).ok_or_else(unknown)?;
         let snapshot: Snapshot =
             serde_json::from_slice(&text).map_err(|error| unknown().because(error.into()))?;
+        let kind = snapshot.chosen.kind;
         let ready = snapshot.backings.into_iter().filter(|row| row.id.is_some());
-        ready.map(|row| open(row.identity).and_then(|backing| resident(row, &backing))).collect()
+        ready.map(|row| open(row.identity).and_then(|backing| resident(kind, row, &backing))).collect()
     }
 }
 
@@ -130,7 +134,11 @@ fn identity(file: &File) -> Option<(u64, u64)> {
     file.metadata().ok().map(|its| (its.dev(), its.ino()))
 }
 
-fn resident(row: BackingRow, backing: impl AsFd) -> Result<Residency> {
+fn resident(kind: BackingKind, row: BackingRow, backing: impl AsFd) -> Result<Residency> {
     let resident_bytes = cachestat::cached(backing)?.bytes();
-    Ok(Residency { digest: row.key.digest, file: row.key.file, resident_bytes })
+    let metadata_bytes = match kind {
+        BackingKind::Copy => Bytes::ZERO,
+        BackingKind::Kernel => Bytes::new(row.reserved),
+    };
+    Ok(Residency { kind, digest: row.key.digest, file: row.key.file, resident_bytes, metadata_bytes })
 }

@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::registry::{LOG_FILE, Mount};
 use crate::control::protocol::options::ServeMode;
-use crate::control::protocol::snapshot::{Cache, FileKey, ServerEnd, Snapshot};
+use crate::control::protocol::snapshot::{BackingKind, Cache, FileKey, ServerEnd, Snapshot};
 use crate::error::Result;
 use crate::sanitize;
-use crate::store::{Digest, Serving, Store};
+use crate::store::{Digest, FileKind, Serving, Store};
 use crate::sys::fuse::read_ahead;
 use crate::units::Bytes;
 
@@ -51,13 +51,13 @@ pub struct MountStatus {
     /// Log of supervisor and server; `None` if the supervisor runs in the foreground and logs to standard error.
     #[serde(serialize_with = "sanitize::optional_path")]
     pub log: Option<PathBuf>,
-    /// Serve mode as requested: `auto`, `passthrough` or `decode`.
+    /// Serve mode as requested: `auto`, `kernel`, `passthrough` or `decode`.
     pub serve: String,
     /// The kernel's read-ahead for files served by decode; `None` if sysfs does not show the mount.
     #[serde(rename = "read_ahead_bytes")]
     pub read_ahead: Option<Bytes>,
-    /// Location of passthrough backings: a directory or `memory`; `None` if there are none, with the reason in
-    /// `cache_why`.
+    /// Location of backings, or of the metadata for kernel decode: a directory or `memory`; `None` if there are none,
+    /// with the reason in `cache_why`.
     pub cache: Option<String>,
     /// Why the cache is not in the expected location.
     pub cache_why: Option<String>,
@@ -71,18 +71,52 @@ pub struct MountStatus {
     pub counters: BTreeMap<String, u64>,
 }
 
+/// How a file of a mount is served. Unlike [`Serving`], which the inode number determines, this tells the two kinds of
+/// backings apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Served {
+    /// The kernel decodes the packs.
+    Kernel,
+    /// Passthrough to a decompressed copy.
+    Passthrough,
+    /// The server decodes.
+    Decode,
+}
+
+impl Served {
+    /// Returns how a file is served whose inode number stands for `serving`, in a mount with backings of this kind.
+    pub fn of(serving: Serving, kind: BackingKind) -> Served {
+        match (serving, kind) {
+            (Serving::Decode, _) => Served::Decode,
+            (Serving::Passthrough, BackingKind::Copy) => Served::Passthrough,
+            (Serving::Passthrough, BackingKind::Kernel) => Served::Kernel,
+        }
+    }
+
+    /// Returns the name used in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Served::Kernel => "kernel",
+            Served::Passthrough => "passthrough",
+            Served::Decode => "decode",
+        }
+    }
+}
+
 /// Status of one template.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TemplateStatus {
     /// The template.
     pub digest: Digest,
     /// How the next open of its largest file is served.
-    pub serving: Serving,
-    /// Why its largest file is not served by passthrough; `None` if it is, or will be from the first open on.
+    pub serving: Served,
+    /// Why its largest file is served by decode; `None` if it is, or will be from the first open on.
     pub why: Option<String>,
     /// Number of processes that map the template; `None` if unknown. 0 from the supervisor; the command line counts.
     pub clones: Option<u64>,
-    /// Bytes of its files in backings, including backings that are being filled.
+    /// Bytes of its files in backings, including backings that are being filled; with kernel decode the bytes of the
+    /// metadata.
     pub hydrated_bytes: Bytes,
     /// Status of each file.
     pub files: Vec<FileStatus>,
@@ -96,24 +130,30 @@ pub struct FileStatus {
     /// Length, in bytes.
     pub size: Bytes,
     /// How the next open is served.
-    pub serving: Serving,
-    /// Why the file is not served by passthrough.
+    pub serving: Served,
+    /// Why the file is served by decode.
     pub why: Option<String>,
-    /// Bytes of data in its backing, even while the backing is being filled.
+    /// Bytes of data in its backing, even while the backing is being filled; with kernel decode the bytes of the
+    /// metadata.
     pub hydrated_bytes: Bytes,
     /// True if the backing is complete and verified.
     pub hydrated: bool,
 }
 
-/// Page cache use of one passthrough backing.
+/// Page cache use of one backing.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Residency {
+    /// Kind of the backing.
+    pub kind: BackingKind,
     /// The template.
     pub digest: Digest,
     /// Name of the file.
     pub file: String,
     /// Bytes of the backing that are in the page cache.
     pub resident_bytes: Bytes,
+    /// Length of the metadata for kernel decode. The verification of the backing has read all of it into the page
+    /// cache.
+    pub metadata_bytes: Bytes,
 }
 
 impl MountStatus {
@@ -178,21 +218,27 @@ fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<Templ
         .map(|file| {
             let key = FileKey { digest: *digest, file: file.name.clone() };
             let backing = snapshot.backings.iter().find(|b| b.key == key);
+            let is_disk = snapshot.options.serve == ServeMode::Kernel && file.kind == FileKind::Blob;
             let why = match backing {
                 Some(backing) => backing.why.clone(),
+                None if is_disk => Some("files of kind blob are served by decode".to_owned()),
                 None => no_cache.clone(),
             };
-            let mode = snapshot.options.serve;
-            let decode = file.size == Bytes::ZERO
-                || mode == ServeMode::Decode
-                || mode == ServeMode::Auto && why.is_some();
+            let has_backing = backing.is_some_and(|b| b.id.is_some());
+            let serving = match snapshot.options.serve {
+                _ if file.size == Bytes::ZERO => Serving::Decode,
+                ServeMode::Auto if why.is_some() => Serving::Decode,
+                ServeMode::Kernel if !has_backing || why.is_some() => Serving::Decode,
+                ServeMode::Decode => Serving::Decode,
+                ServeMode::Auto | ServeMode::Kernel | ServeMode::Passthrough => Serving::Passthrough,
+            };
             FileStatus {
                 name: file.name.clone(),
                 size: file.size,
-                serving: if decode { Serving::Decode } else { Serving::Passthrough },
+                serving: Served::of(serving, snapshot.chosen.kind),
                 why,
                 hydrated_bytes: Bytes::new(backing.map_or(0, |b| b.filled)),
-                hydrated: backing.is_some_and(|b| b.id.is_some()),
+                hydrated: has_backing,
             }
         })
         .collect();
@@ -200,7 +246,7 @@ fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<Templ
     let largest = files.iter().max_by_key(|f| f.size);
     Some(TemplateStatus {
         digest: *digest,
-        serving: largest.map_or(Serving::Decode, |f| f.serving),
+        serving: largest.map_or(Served::Decode, |f| f.serving),
         why: largest.and_then(|f| f.why.clone()),
         clones: Some(0),
         hydrated_bytes: files.iter().map(|f| f.hydrated_bytes).sum(),

@@ -11,7 +11,7 @@ use crate::store::Digest;
 /// together, and a supervisor cannot take over from one of another version without ending all mappings. A new or
 /// changed request of the control socket therefore does not raise the version: a supervisor that cannot parse a request
 /// closes the connection, and the caller suggests `stencil restart`.
-pub const CONTROL_VERSION: u32 = 4;
+pub const CONTROL_VERSION: u32 = 5;
 
 /// Most inode numbers in one request. Each has at most 20 digits and a comma, so that all of them fit into one message.
 pub const MAX_INODES: usize = 2048;

@@ -17,6 +17,9 @@ pub enum ServeMode {
     /// Passthrough if the host supports it and the backing fits, else decode, with the reason in the status.
     #[default]
     Auto,
+    /// Kernel decode as soon as all blocks of a file are verified; until then, and where the host does not support it,
+    /// decode, with the reason in the status.
+    Kernel,
     /// Passthrough only; an open that would need decode fails.
     Passthrough,
     /// Decode only.
@@ -24,10 +27,16 @@ pub enum ServeMode {
 }
 
 impl ServeMode {
+    /// Returns true if a file that has no backing is served by decode.
+    pub fn allows_decode(self) -> bool {
+        self != ServeMode::Passthrough
+    }
+
     /// Returns the option value of this mode.
     pub fn name(self) -> &'static str {
         match self {
             ServeMode::Auto => "auto",
+            ServeMode::Kernel => "kernel",
             ServeMode::Passthrough => "passthrough",
             ServeMode::Decode => "decode",
         }
@@ -38,11 +47,12 @@ impl FromStr for ServeMode {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<ServeMode> {
-        [ServeMode::Auto, ServeMode::Passthrough, ServeMode::Decode]
+        [ServeMode::Auto, ServeMode::Kernel, ServeMode::Passthrough, ServeMode::Decode]
             .into_iter()
             .find(|m| m.name() == text)
             .ok_or_else(|| {
-                Error::usage(format!("invalid serve mode '{text}'")).hint("use auto, passthrough or decode")
+                Error::usage(format!("invalid serve mode '{text}'"))
+                    .hint("use auto, kernel, passthrough or decode")
             })
     }
 }
@@ -103,6 +113,8 @@ pub struct MountOptions {
     pub watchdog: Duration,
     /// What happens to a process that needs a damaged block by decode.
     pub on_damage: OnDamage,
+    /// With kernel decode, the blocks of each file are verified again after this time; zero for never.
+    pub scrub_interval: Duration,
     /// The kernel's read-ahead for files served by decode; `None` leaves the kernel's default.
     pub read_ahead: Option<Bytes>,
     /// Mount with `MS_NOEXEC`.
@@ -114,12 +126,23 @@ pub struct MountOptions {
 /// Default of [`MountOptions::hydrate_timeout`].
 const HYDRATE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Default of [`MountOptions::scrub_interval`]: a week.
+const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
 /// Default of [`MountOptions::watchdog`].
 const WATCHDOG: Duration = Duration::from_secs(10);
 
 /// Options of `-o` that are specific to Stencil and take a value.
-const WITH_VALUE: [&str; 7] =
-    ["serve", "cache-dir", "cache-size", "hydrate-timeout", "watchdog", "on-damage", "read-ahead"];
+const WITH_VALUE: [&str; 8] = [
+    "serve",
+    "cache-dir",
+    "cache-size",
+    "hydrate-timeout",
+    "watchdog",
+    "on-damage",
+    "scrub-interval",
+    "read-ahead",
+];
 
 /// Largest value of [`MountOptions::read_ahead`].
 const MAX_READ_AHEAD: Bytes = Bytes::new(64 << 20);
@@ -198,6 +221,7 @@ impl MountOptions {
             hydrate_timeout: HYDRATE_TIMEOUT,
             watchdog: WATCHDOG,
             on_damage: OnDamage::default(),
+            scrub_interval: SCRUB_INTERVAL,
             read_ahead: None,
             noexec: false,
             foreground: false,
@@ -219,7 +243,7 @@ impl MountOptions {
                 _ if Self::knows(word) => {}
                 _ => {
                     return Err(Error::usage(format!("unknown mount option '{word}'")).hint(
-                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, read-ahead=, noexec or the usual options of fstab",
+                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, scrub-interval=, read-ahead=, noexec or the usual options of fstab",
                     ));
                 }
             }
@@ -250,6 +274,7 @@ impl MountOptions {
             "hydrate-timeout" => self.hydrate_timeout = parse_seconds(text()?)?,
             "watchdog" => self.watchdog = parse_seconds(text()?)?,
             "on-damage" => self.on_damage = text()?.parse()?,
+            "scrub-interval" => self.scrub_interval = parse_seconds(text()?)?,
             "read-ahead" => self.read_ahead = Some(parse_read_ahead(text()?)?),
             _ => return Err(Error::usage(format!("unknown option '{key}'"))),
         }
@@ -275,6 +300,7 @@ impl MountOptions {
         push("hydrate-timeout", OsStr::new(&self.hydrate_timeout.as_secs_f64().to_string()));
         push("watchdog", OsStr::new(&self.watchdog.as_secs_f64().to_string()));
         push("on-damage", OsStr::new(self.on_damage.name()));
+        push("scrub-interval", OsStr::new(&self.scrub_interval.as_secs_f64().to_string()));
         if let Some(size) = self.read_ahead {
             push("read-ahead", OsStr::new(&size.get().to_string()));
         }
@@ -357,6 +383,7 @@ mod tests {
         options.hydrate_timeout = Duration::from_millis(250);
         options.watchdog = Duration::from_millis(1500);
         options.on_damage = OnDamage::Kill;
+        options.scrub_interval = Duration::from_secs(3600);
         options.read_ahead = Some(Bytes::new(4 << 20));
         options.noexec = true;
         options.foreground = true;

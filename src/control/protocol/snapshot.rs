@@ -31,10 +31,22 @@ pub enum Cache {
     Nowhere(String),
 }
 
-/// Location and limit of the backings.
+/// How the pages of a backing come into being.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BackingKind {
+    /// The backing is a decompressed copy of the file.
+    Copy,
+    /// The backing is a file of an EROFS mount: the kernel decompresses the packs (kernel decode).
+    Kernel,
+}
+
+/// Kind, location and limit of the backings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Chosen {
-    /// Location.
+    /// Kind.
+    pub kind: BackingKind,
+    /// Location: of the copies, or of the metadata for kernel decode.
     pub cache: Cache,
     /// Why the location is not a directory.
     pub why: Option<String>,
@@ -71,7 +83,9 @@ pub struct BackingRow {
     pub reserved: u64,
     /// Bytes of data in the backing.
     pub filled: u64,
-    /// Why the file has no backing.
+    /// With kernel decode, when its blocks were last verified, in seconds since 1970.
+    pub verified_at: Option<u64>,
+    /// Why the file has no backing or, if it has one, why the backing is no longer served.
     pub why: Option<String>,
 }
 

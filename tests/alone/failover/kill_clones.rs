@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use stencilfs::sys::process::ProcessId;
 
 use crate::support::actor::Actor;
-use crate::support::daemon::drill::{Drill, Times, is_read, quantile, stop};
+use crate::support::daemon::drill::{Drill, Times, drop_caches, is_read, quantile, stop};
 use crate::support::daemon::inflight::table_of;
 use crate::support::daemon::readers::{Image, PAGE, Readers};
 use crate::support::host;
@@ -150,9 +150,10 @@ fn clones_killed_under_a_stopped_server_exit_after_its_restart() {
 #[test]
 fn killing_supervisor_and_server_has_the_documented_effects() {
     let _host = host::alone();
-    for serve in ["decode", "passthrough"] {
+    for serve in ["decode", "passthrough", "kernel"] {
         let world = TestMount::new(serve);
         let digest = world.import_bytes(&IMAGE.bytes(), "web:1");
+        world.wait_until_verified(&digest);
         let path = world.file(&digest, "memory");
         let mut clone = map(&path);
         assert_page(&mut clone, 5);
@@ -164,7 +165,8 @@ fn killing_supervisor_and_server_has_the_documented_effects() {
         let error = fs::File::open(&path).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN), "{serve}: {error}");
         assert_page(&mut clone, 5);
-        if serve == "passthrough" {
+        if serve != "decode" {
+            drop_caches();
             (0..IMAGE.pages).for_each(|page| assert_page(&mut clone, page));
         } else {
             assert_eq!(clone.dies_of(&format!("read 0 {}", IMAGE.pages - 1)), Some(libc::SIGBUS));

@@ -135,6 +135,7 @@ fn kill_under_guests(serve: &str) {
     let _host = host::alone();
     let world = TestMount::new(serve);
     let digest = world.import_bytes(&template(), "guest:1");
+    world.wait_until_verified(&digest);
     let guests = Guests::start(world.file(&digest, "memory"));
     let mut drill = Drill::new(&world);
     let mut in_kvm_run = 0;
@@ -178,4 +179,9 @@ fn kvm_guests_survive_server_kills_by_decode() {
 #[test]
 fn kvm_guests_survive_server_kills_by_passthrough() {
     kill_under_guests("passthrough");
+}
+
+#[test]
+fn kvm_guests_survive_server_kills_by_kernel_decode() {
+    kill_under_guests("kernel");
 }

@@ -49,6 +49,8 @@ fn measure_heartbeats(serve: &str) -> Result<(), String> {
     let world = TestMount::unmounted();
     guest::give(&world);
     world.mount(&["--serve", serve]).ok();
+    let digest = world.json(&["inspect", "guest:v1"])["digest"].as_str().unwrap().to_owned();
+    world.wait_until_verified(&digest);
     let launched = world.json(&["clone", "guest:v1", "-n", "2"]);
     let dirs: Vec<PathBuf> = launched["clones"]
         .as_array()
@@ -119,4 +121,9 @@ fn qemu_guests_survive_server_kills_by_decode() {
 #[test]
 fn qemu_guests_survive_server_kills_by_passthrough() {
     kill_under_guests("passthrough");
+}
+
+#[test]
+fn qemu_guests_survive_server_kills_by_kernel_decode() {
+    kill_under_guests("kernel");
 }

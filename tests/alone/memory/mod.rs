@@ -5,3 +5,4 @@ mod backend_memory;
 mod counted_once;
 mod dirty_exact;
 mod jail;
+mod kernel_decode;

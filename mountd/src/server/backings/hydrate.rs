@@ -1,15 +1,18 @@
 //! Makes backings: fill, freeze, verify, register. A backing is served only after the last step.
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{Advice, SeekFrom, fadvise};
+use stencilfs::control::BackingKind;
 use stencilfs::error::{Code, Error, Result};
-use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, Template};
+use stencilfs::store::{BLOCK_SIZE, Digest, Scratch, StorePath, Template};
 use stencilfs::sys::process::threads;
 use stencilfs::units::{Bytes, HUGE_PAGE_SIZE, to_usize};
 
@@ -22,7 +25,7 @@ use crate::server::tree::condemned::Condemned;
 
 /// Backings are written in aligned pieces of this many bytes, so that the page cache holds them in folios that the CPU
 /// can map with one entry.
-const PIECE: u64 = HUGE_PAGE_SIZE;
+pub const PIECE: u64 = HUGE_PAGE_SIZE;
 const BLOCKS_PER_PIECE: u64 = PIECE / BLOCK_SIZE;
 
 /// Largest number of threads for one backing. Each thread has a buffer for a piece and a buffer for compressed blocks.
@@ -31,9 +34,44 @@ const MAX_THREADS: usize = 16;
 /// Interval of progress reports to the supervisor, in bytes.
 const PROGRESS_INTERVAL: u64 = 64 << 20;
 
+/// A registered backing.
+#[derive(Debug)]
+pub struct Ready {
+    /// The id on the FUSE connection.
+    pub id: u32,
+    /// When its blocks were last compared with their hashes, in seconds since 1970.
+    pub verified_at: u64,
+    /// The file. The kernel has a reference too; the descriptor is for a supervisor that takes over, and for the scrub.
+    pub file: File,
+    /// The packs of the template when the backing was made; empty if an earlier server has made it.
+    pub packs: Vec<StorePath>,
+}
+
+/// The file of a backing before its verification.
+#[derive(Debug)]
+pub enum Prepared {
+    /// The previous server has registered the backing after the start of this server.
+    Registered(Ready),
+    /// The file is frozen.
+    Frozen {
+        /// The file to verify.
+        backing: File,
+        /// When it was verified before, if nothing has changed since.
+        verified_at: Option<u64>,
+        /// The packs of the template.
+        packs: Vec<StorePath>,
+    },
+}
+
+/// Returns the time in seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 /// Makes backings in one location.
 #[derive(Debug)]
 pub struct Hydrator {
+    kind: BackingKind,
     cache: Cache,
     link: Arc<Link>,
     stats: Stats,
@@ -42,15 +80,20 @@ pub struct Hydrator {
 }
 
 impl Hydrator {
-    /// Creates a hydrator for backings in `cache`, with `threads` threads for each backing.
+    /// Creates a hydrator for backings of this kind in `cache`, with `threads` threads for each backing.
     pub fn new(
-        cache: Cache,
+        (kind, cache): (BackingKind, Cache),
         link: Arc<Link>,
         stats: Stats,
         condemned: Arc<Condemned>,
         threads: usize,
     ) -> Hydrator {
-        Hydrator { cache, link, stats, condemned, threads: threads.clamp(1, MAX_THREADS) }
+        Hydrator { kind, cache, link, stats, condemned, threads: threads.clamp(1, MAX_THREADS) }
+    }
+
+    /// Returns the kind of the backings.
+    pub fn kind(&self) -> BackingKind {
+        self.kind
     }
 
     /// Returns the location of the backings.
@@ -68,35 +111,80 @@ impl Hydrator {
         &self.link
     }
 
-    /// Makes the backing of a file, and returns its id. `evict` must stop serving the given backings and close those
-    /// that no process uses.
+    /// Makes the file of a backing, up to the step before its verification. `evict` must stop serving the given backings
+    /// and close those that no process uses.
     ///
     /// # Errors
     /// Returns [`Code::TryAgain`] if the backing does not fit into the cache, [`Code::Damage`] if the store is damaged,
     /// and an error if the file system of the cache fails.
-    pub fn hydrate(
+    pub fn prepare(
         &self,
         template: &Template,
         file: usize,
         key: &FileKey,
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
-    ) -> Result<(u32, OwnedFd)> {
+    ) -> Result<Prepared> {
         self.expect_not_condemned(template)?;
-        let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
-        let pieces = pieces(template, file, size)?;
-        let bytes: u64 = pieces.iter().map(|p| p.end - p.start).sum();
-        let backing = match self.reserve(key, size, bytes, evict)? {
-            Reservation::Empty(file) => file,
-            Reservation::Ready(id, file) => return Ok((id, file)),
+        let packs = template.packs();
+        let (image, length, bytes) = match self.kind {
+            BackingKind::Copy => {
+                let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
+                (None, size, pieces(template, file)?.iter().map(|p| p.end - p.start).sum())
+            }
+            BackingKind::Kernel => {
+                let image = despite_outage(|| template.kernel_image(file))?;
+                let length = image.len() as u64;
+                (Some(image), Bytes::new(length), length)
+            }
         };
-        self.fill(template, file, key, &backing, &pieces)?;
-        self.link.request_done(&ServerRequest::Freeze { key: key.clone() })?;
-        self.verify(template, file, &backing, size, &pieces)?;
-        match self.link.request(
-            &ServerRequest::Register { key: key.clone(), identity: fds::identity(&backing)? },
-            None,
-        )? {
-            (ServerReply::Registered(id), _) => Ok((id, backing.into())),
+        let filled = match self.reserve(key, length, bytes, evict)? {
+            Reservation::Empty(file) => file,
+            Reservation::Ready(id, file) => {
+                return Ok(Prepared::Registered(Ready { id, verified_at: now(), file: file.into(), packs }));
+            }
+        };
+        match &image {
+            None => self.fill(template, file, key, &filled)?,
+            Some(image) => filled.write_all_at(image, 0).map_err(|e| cannot_fill(&self.cache, e))?,
+        }
+        match self.link.request(&ServerRequest::Freeze { key: key.clone() }, None)? {
+            (ServerReply::Frozen { verified_at }, Some(backing)) => {
+                Ok(Prepared::Frozen { backing: File::from(backing), verified_at, packs })
+            }
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Verifies a frozen backing, unless it was verified before, and registers it.
+    ///
+    /// # Errors
+    /// Returns [`Code::Damage`] if a block differs from its hash, and an error if the kernel refuses the backing.
+    pub fn register(
+        &self,
+        template: &Template,
+        file: usize,
+        key: &FileKey,
+        prepared: Prepared,
+    ) -> Result<Ready> {
+        let (backing, verified_at, packs) = match prepared {
+            Prepared::Registered(ready) => return Ok(ready),
+            Prepared::Frozen { backing, verified_at, packs } => (backing, verified_at, packs),
+        };
+        let verified_at = match verified_at {
+            Some(at) => at,
+            None => {
+                let at = now();
+                self.verify(template, file, &backing, self.threads)?;
+                at
+            }
+        };
+        let register = ServerRequest::Register {
+            key: key.clone(),
+            identity: fds::identity(&backing)?,
+            verified_at: (self.kind == BackingKind::Kernel).then_some(verified_at),
+        };
+        match self.link.request(&register, None)? {
+            (ServerReply::Registered(id), _) => Ok(Ready { id, verified_at, file: backing, packs }),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -145,25 +233,14 @@ impl Hydrator {
         }
     }
 
-    fn fill(
-        &self,
-        template: &Template,
-        file: usize,
-        key: &FileKey,
-        backing: &File,
-        pieces: &[Range<u64>],
-    ) -> Result<()> {
+    fn fill(&self, template: &Template, file: usize, key: &FileKey, backing: &File) -> Result<()> {
         let filled = AtomicU64::new(0);
-        self.in_parallel(pieces, |piece, scratch, buffer| {
+        self.in_parallel(&pieces(template, file)?, self.threads, |piece, scratch, buffer| {
             self.expect_not_condemned(template)?;
             let buffer = &mut buffer[..to_usize(piece.end - piece.start)];
             for (i, part) in buffer.chunks_mut(to_usize(BLOCK_SIZE)).enumerate() {
                 let block = piece.start / BLOCK_SIZE + i as u64;
-                retry_while(
-                    STORE_TIMEOUT,
-                    |e: &Error| e.code() == Code::TryAgain,
-                    || template.read_block(file, block, scratch, part),
-                )?;
+                despite_outage(|| template.read_block(file, block, scratch, part))?;
             }
             backing.write_all_at(buffer, piece.start).map_err(|e| cannot_fill(&self.cache, e))?;
             let length = buffer.len() as u64;
@@ -177,40 +254,17 @@ impl Hydrator {
         })
     }
 
-    /// Compares each block of a frozen backing with its hash, and checks that all pieces without data are holes.
-    fn verify(
-        &self,
-        template: &Template,
-        file: usize,
-        backing: &File,
-        size: Bytes,
-        pieces: &[Range<u64>],
-    ) -> Result<()> {
-        self.in_parallel(pieces, |piece, _, buffer| {
+    /// Compares each block of a frozen backing with its hash, and checks that all pieces without data are holes. For
+    /// kernel decode these are the bytes that the kernel decodes, so that its decoders are verified too.
+    ///
+    /// # Errors
+    /// Returns [`Code::Damage`] if a block differs from its hash, or if there is data in a hole.
+    pub fn verify(&self, template: &Template, file: usize, backing: &File, threads: usize) -> Result<()> {
+        let pieces = pieces(template, file)?;
+        let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
+        self.in_parallel(&pieces, threads, |piece, _, buffer| {
             self.expect_not_condemned(template)?;
-            let length = to_usize(piece.end - piece.start);
-            // A hash covers a whole block, with zeros beyond the end of the file.
-            buffer[length..].fill(0);
-            backing
-                .read_exact_at(&mut buffer[..length], piece.start)
-                .map_err(|e| Error::failed("cannot read the backing to verify it").because(e))?;
-            for (i, part) in buffer.chunks(to_usize(BLOCK_SIZE)).enumerate() {
-                let block = piece.start / BLOCK_SIZE + i as u64;
-                if block * BLOCK_SIZE >= piece.end {
-                    break;
-                }
-                let good = match template.block_id(file, block)? {
-                    Some(hash) => Digest::of(part) == hash,
-                    None => part.iter().all(|&b| b == 0),
-                };
-                if !good {
-                    return Err(Error::damage(format!(
-                        "the backing differs from the data written to it, at offset {}",
-                        block * BLOCK_SIZE
-                    )));
-                }
-            }
-            Ok(())
+            self.verify_piece(template, file, backing, piece, buffer)
         })?;
         let mut at = 0;
         for gap_end in pieces.iter().map(|p| p.start).chain([size.get()]) {
@@ -222,10 +276,74 @@ impl Hydrator {
         Ok(())
     }
 
+    /// Compares the blocks of a piece. `buffer` has the length of a piece.
+    ///
+    /// # Errors
+    /// Same as [`verify`](Self::verify).
+    pub fn verify_piece(
+        &self,
+        template: &Template,
+        file: usize,
+        backing: &File,
+        piece: &Range<u64>,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        let length = to_usize(piece.end - piece.start);
+        // A hash covers a whole block, with zeros beyond the end of the file.
+        buffer[length..].fill(0);
+        if let Err(e) = backing.read_exact_at(&mut buffer[..length], piece.start) {
+            // The kernel has found a record that cannot be decoded: the error must name it.
+            let blocks = piece.start / BLOCK_SIZE..piece.end.div_ceil(BLOCK_SIZE);
+            return Err(self
+                .find_damage(template, file, blocks)
+                .unwrap_or_else(|| Error::failed("cannot read the backing to verify it").because(e)));
+        }
+        for (i, part) in buffer.chunks(to_usize(BLOCK_SIZE)).enumerate() {
+            let block = piece.start / BLOCK_SIZE + i as u64;
+            if block * BLOCK_SIZE >= piece.end {
+                break;
+            }
+            let good = match template.block_id(file, block)? {
+                Some(hash) => Digest::of(part) == hash,
+                None => part.iter().all(|&b| b == 0),
+            };
+            if !good {
+                return Err(self.mismatch(template, file, block));
+            }
+        }
+        if self.kind == BackingKind::Kernel {
+            drop_cache(backing, piece);
+        }
+        Ok(())
+    }
+
+    /// Returns the error of the first of these blocks that cannot be read from the store, with kernel decode.
+    fn find_damage(&self, template: &Template, file: usize, blocks: Range<u64>) -> Option<Error> {
+        let mut plain = vec![0; to_usize(BLOCK_SIZE)];
+        let mut read = |block| template.read_block(file, block, &mut Scratch::default(), &mut plain).err();
+        (self.kind == BackingKind::Kernel).then(|| blocks.into_iter().find_map(&mut read)).flatten()
+    }
+
+    /// Returns the error for a block of a backing that differs from its hash. For kernel decode the cause is the store:
+    /// the error of a read by decode names the pack and the offset.
+    fn mismatch(&self, template: &Template, file: usize, block: u64) -> Error {
+        let offset = block * BLOCK_SIZE;
+        match self.kind {
+            BackingKind::Copy => {
+                Error::damage(format!("the backing differs from the data written to it, at offset {offset}"))
+            }
+            BackingKind::Kernel => self.find_damage(template, file, block..block + 1).unwrap_or_else(|| {
+                Error::damage(format!("the kernel decodes other bytes than those imported at offset {offset}"))
+                    .hint("the records that the store has now are intact: mount again, with another value of --serve if this is repeated")
+            }),
+        }
+    }
+
     /// Runs `work` on each piece; stops all threads at the first error.
     fn in_parallel(
         &self,
         pieces: &[Range<u64>],
+        threads: usize,
         work: impl Fn(&Range<u64>, &mut Scratch, &mut [u8]) -> Result<()> + Sync,
     ) -> Result<()> {
         let next = AtomicU64::new(0);
@@ -243,9 +361,13 @@ impl Hydrator {
             }
             Ok(())
         };
-        let threads = self.threads.min(pieces.len().max(1));
-        threads::share(threads, run)
+        threads::share(threads.min(pieces.len().max(1)), run)
     }
+}
+
+/// Repeats `work` during a store outage.
+fn despite_outage<T>(work: impl FnMut() -> Result<T>) -> Result<T> {
+    retry_while(STORE_TIMEOUT, |e: &Error| e.code() == Code::TryAgain, work)
 }
 
 /// The supervisor's reply to a reservation.
@@ -257,7 +379,8 @@ enum Reservation {
 }
 
 /// Returns the aligned pieces of a file that hold data, in order; the last one may end with the file.
-fn pieces(template: &Template, file: usize, size: Bytes) -> Result<Vec<Range<u64>>> {
+pub fn pieces(template: &Template, file: usize) -> Result<Vec<Range<u64>>> {
+    let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
     let mut pieces: Vec<Range<u64>> = Vec::new();
     for blocks in template.data_ranges(file)? {
         for index in blocks.start / BLOCKS_PER_PIECE..=(blocks.end - 1) / BLOCKS_PER_PIECE {
@@ -268,6 +391,11 @@ fn pieces(template: &Template, file: usize, size: Bytes) -> Result<Vec<Range<u64
         }
     }
     Ok(pieces)
+}
+
+/// Drops pages of a file that no process maps: processes that map the file decide which pages are cached.
+pub fn drop_cache(backing: &File, piece: &Range<u64>) {
+    let _ = fadvise(backing, piece.start, NonZeroU64::new(piece.end - piece.start), Advice::DontNeed);
 }
 
 fn cannot_fill(cache: &Cache, error: std::io::Error) -> Error {

@@ -3,36 +3,38 @@
 //! The inode number determines how a file is served, so the decision is made in LOOKUP. An OPEN of a passthrough number
 //! that finds no backing in time is answered with ESTALE: the kernel then repeats the lookup, gets the decode number
 //! and opens that. The process that opens the file sees no error.
+//!
+//! With kernel decode, an open waits only until it is known that the file was not verified before: the file is then
+//! served by decode until its blocks are verified.
 
+mod background;
+mod eviction;
 pub mod hydrate;
+mod scrub;
+mod serving_policy;
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use log::Level;
 use stencilfs::control::{PARKED_SLOTS, ServeMode};
 use stencilfs::error::{Code, Error};
-use stencilfs::store::{Serving, Store, Template};
+use stencilfs::store::Template;
 
 use crate::protocol::stats::{Counter, Stats};
-use crate::protocol::{Cache, FileKey, MAX_KEYS, ServerRequest};
-use crate::server::backings::hydrate::Hydrator;
+use crate::protocol::{Cache, FileKey, ServerRequest};
+use crate::server::backings::hydrate::{Hydrator, Prepared, Ready};
 use crate::server::pending::{Opened, PendingOpen};
 use crate::server::refusal::Refusal;
-use crate::server::tree::ServingPolicy;
-use crate::server::tree::node::NameLifetime;
 
 /// Number of files that are hydrated at the same time, so that a small file need not wait for a large one.
 const WORKERS: usize = 2;
 
 /// Delay before a failed hydration is retried.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Longest wait for a hydration of a condemned template to stop; it may be waiting for the store.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Largest number of states. Beyond that, the states of files without a backing are dropped.
 const MAX_STATES: usize = 4096;
@@ -49,16 +51,29 @@ enum State {
     Evicting { ready: Ready, waiting: Vec<(Arc<Template>, usize, PendingOpen)> },
 }
 
-/// A registered backing.
+impl State {
+    /// The backing is being filled, and no open waits for it yet.
+    fn filling() -> State {
+        State::Filling { deadline: None, late: false, waiting: Vec::new() }
+    }
+
+    /// Returns true if the last attempt has failed for a temporary reason, some time ago.
+    fn may_retry(&self) -> bool {
+        matches!(self, State::Decode { since, retry: true } if since.elapsed() > RETRY_INTERVAL)
+    }
+}
+
+/// A backing that an earlier server has registered.
 #[derive(Debug)]
-struct Ready {
-    /// The id on the FUSE connection.
-    id: u32,
-    /// The file. The kernel has a reference too; the descriptor is for a supervisor that takes over.
-    _file: OwnedFd,
+pub struct EarlierBacking {
+    /// The file of a template.
+    pub key: FileKey,
+    /// The backing; `None` if it was found damaged, so that the file is served by decode.
+    pub ready: Option<Ready>,
 }
 
 /// A request to the workers to make a backing.
+#[derive(Debug)]
 pub struct Job {
     template: Arc<Template>,
     file: usize,
@@ -74,6 +89,10 @@ pub struct Backings {
     hydrator: Hydrator,
     states: Mutex<HashMap<FileKey, State>>,
     jobs: Mutex<mpsc::Sender<Job>>,
+    /// Backings for kernel decode that wait for their verification, with the time when their hydration began.
+    verifications: Mutex<mpsc::Sender<(Job, Prepared, Instant)>>,
+    /// Held by the thread that makes backings in the background.
+    background: Mutex<()>,
     deadlines: Condvar,
     /// True after an open found all parking slots taken, until the next hydration ends.
     crowded: AtomicBool,
@@ -86,18 +105,21 @@ fn key(template: &Template, file: usize) -> FileKey {
 }
 
 impl Backings {
-    /// Creates the state with the registered backings `ready`, and starts the workers.
+    /// Creates the state with the backings of earlier servers, and starts the workers.
     pub fn new(
         mode: ServeMode,
         timeout: Duration,
         hydrator: Hydrator,
-        ready: Vec<(FileKey, u32, OwnedFd)>,
+        earlier: Vec<EarlierBacking>,
         stats: Stats,
     ) -> Arc<Backings> {
         let possible = !matches!(hydrator.cache(), Cache::Nowhere(_));
-        let state = |(key, id, file)| (key, State::Ready(Ready { id, _file: file }));
-        let states = ready.into_iter().map(state).collect();
+        let state = |EarlierBacking { key, ready }| {
+            (key, ready.map_or_else(|| State::Decode { since: Instant::now(), retry: false }, State::Ready))
+        };
+        let states = earlier.into_iter().map(state).collect();
         let (sender, receiver) = mpsc::channel::<Job>();
+        let (verify, to_verify) = mpsc::channel();
         let ours = Arc::new(Backings {
             mode,
             timeout,
@@ -105,6 +127,8 @@ impl Backings {
             hydrator,
             states: Mutex::new(states),
             jobs: Mutex::new(sender),
+            verifications: Mutex::new(verify),
+            background: Mutex::default(),
             deadlines: Condvar::new(),
             crowded: AtomicBool::new(false),
             stats,
@@ -116,10 +140,14 @@ impl Backings {
                 loop {
                     let job = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(job) = job else { return };
-                    ours.run(&job);
+                    ours.run(job);
                 }
             });
         }
+        let verifier = Arc::clone(&ours);
+        thread::spawn(move || {
+            to_verify.into_iter().for_each(|(job, prepared, start)| verifier.register(&job, prepared, start));
+        });
         let clock = Arc::clone(&ours);
         thread::spawn(move || clock.watch_deadlines());
         ours
@@ -129,7 +157,7 @@ impl Backings {
     /// failed: an open that was answered with ESTALE must not get ESTALE again. Returns the backings to make now.
     pub fn restore_late(&self, late: Vec<(Option<Arc<Template>>, FileKey)>) -> Vec<Job> {
         let mut jobs = Vec::new();
-        if self.mode != ServeMode::Auto || !self.possible {
+        if !self.mode.allows_decode() || !self.possible {
             return jobs;
         }
         let mut states = self.states();
@@ -166,34 +194,52 @@ impl Backings {
                 self.stats.count(Counter::OpensPassthrough);
                 opening.reply(Ok(Opened::Backing(ready.id)));
             }
-            Some(State::Filling { late: false, waiting, .. }) if opening.park() => waiting.push(opening),
+            Some(State::Filling { late: false, waiting, deadline }) if opening.park() => {
+                waiting.push(opening);
+                if deadline.is_none() && self.mode.allows_decode() {
+                    *deadline = Instant::now().checked_add(self.timeout);
+                    drop(states);
+                    self.deadlines.notify_all();
+                }
+            }
             Some(State::Evicting { waiting, .. }) if opening.park() => {
                 waiting.push((Arc::clone(template), file, opening));
             }
             Some(State::Filling { late: false, .. } | State::Evicting { .. }) => self.refuse_crowded(opening),
             Some(State::Filling { .. } | State::Decode { .. }) => opening.reply(Err(Refusal::Stale)),
             None if !self.possible => {
-                let refusal = if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Failed };
+                let refusal = if self.mode.allows_decode() { Refusal::Stale } else { Refusal::Failed };
                 opening.reply(Err(refusal));
             }
             None if !opening.park() => self.refuse_crowded(opening),
             None => {
                 let deadline = match self.mode {
-                    ServeMode::Auto => Instant::now().checked_add(self.timeout),
+                    ServeMode::Auto | ServeMode::Kernel => Instant::now().checked_add(self.timeout),
                     ServeMode::Passthrough | ServeMode::Decode => None,
                 };
-                if states.len() >= MAX_STATES {
-                    // The next open of such a file makes a new attempt.
-                    states.retain(|_, state| !matches!(state, State::Decode { .. }));
-                }
                 let state = State::Filling { deadline, late: false, waiting: vec![opening] };
-                states.insert(key.clone(), state);
-                drop(states);
+                self.begin(states, template, file, state);
                 self.deadlines.notify_all();
-                let job = Job { template: Arc::clone(template), file, key };
-                let _ = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).send(job);
             }
         }
+    }
+
+    /// Enters the state of a file whose backing is to be made, and queues the backing.
+    fn begin(
+        &self,
+        mut states: MutexGuard<'_, HashMap<FileKey, State>>,
+        template: &Arc<Template>,
+        file: usize,
+        state: State,
+    ) {
+        if states.len() >= MAX_STATES {
+            // The next open of such a file makes a new attempt.
+            states.retain(|_, state| !matches!(state, State::Decode { .. }));
+        }
+        let job = Job { template: Arc::clone(template), file, key: key(template, file) };
+        states.insert(job.key.clone(), state);
+        drop(states);
+        self.start(vec![job]);
     }
 
     /// Answers an open that cannot wait because all parking slots are taken, as if its deadline had passed.
@@ -203,10 +249,10 @@ impl Backings {
                 "{PARKED_SLOTS} opens are waiting for backings: further opens are served by decode or fail with EAGAIN"
             );
         }
-        opening.reply(Err(if self.mode == ServeMode::Auto { Refusal::Stale } else { Refusal::Crowded }));
+        opening.reply(Err(if self.mode.allows_decode() { Refusal::Stale } else { Refusal::Crowded }));
     }
 
-    fn run(&self, job: &Job) {
+    fn run(&self, job: Job) {
         self.stats.count(Counter::HydrationsStarted);
         log::info!("hydrating template {} file {}", job.key.digest, job.key.file);
         let start = Instant::now();
@@ -215,9 +261,29 @@ impl Backings {
         if matches!(self.states().get(&job.key), Some(State::Filling { late: true, .. })) {
             self.report_reason(&job.key, Some(self.late_reason()));
         }
-        let made = self.hydrator.hydrate(&job.template, job.file, &job.key, |keys| self.evict(keys));
+        let prepared = self.hydrator.prepare(&job.template, job.file, &job.key, |keys| self.evict(keys));
+        match prepared {
+            Ok(prepared @ Prepared::Frozen { verified_at: None, .. }) if self.mode == ServeMode::Kernel => {
+                self.serve_by_decode(&job.key);
+                // In another thread: opens of files that were verified before must not wait for the verification.
+                let verifications = self.verifications.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = verifications.send((job, prepared, start));
+            }
+            Ok(prepared) => self.register(&job, prepared, start),
+            Err(error) => self.finish(&job, Err(error), start),
+        }
+    }
+
+    /// Verifies and registers a prepared backing.
+    fn register(&self, job: &Job, prepared: Prepared, start: Instant) {
+        let made = self.hydrator.register(&job.template, job.file, &job.key, prepared);
+        self.finish(job, made, start);
+    }
+
+    /// Enters the result of a hydration, and answers the opens that wait for it.
+    fn finish(&self, job: &Job, made: stencilfs::error::Result<Ready>, start: Instant) {
         let (state, answer): (Option<State>, _) = match made {
-            Ok((id, file)) => {
+            Ok(ready) => {
                 self.stats.count(Counter::HydrationsDone);
                 log::info!(
                     "the backing of template {} file {} is ready after {:.2} s",
@@ -225,7 +291,8 @@ impl Backings {
                     job.key.file,
                     start.elapsed().as_secs_f64()
                 );
-                (Some(State::Ready(Ready { id, _file: file })), Ok(id))
+                let id = ready.id;
+                (Some(State::Ready(ready)), Ok(id))
             }
             Err(_) if self.hydrator.condemned().holds(&job.key.digest) => {
                 let _ = self.hydrator.link().request(&ServerRequest::Abandon { key: job.key.clone() }, None);
@@ -236,13 +303,13 @@ impl Backings {
                 log::warn!("template {} file {} has no backing: {error}", job.key.digest, job.key.file);
                 self.report_reason(&job.key, Some(error.to_string()));
                 let _ = self.hydrator.link().request(&ServerRequest::Abandon { key: job.key.clone() }, None);
-                match self.mode {
-                    ServeMode::Auto => {
+                match self.mode.allows_decode() {
+                    true => {
                         let state = State::Decode { since: Instant::now(), retry: is_temporary(&error) };
                         (Some(state), Err(Refusal::Stale))
                     }
                     // The next open makes a new attempt, as the file cannot be served by decode.
-                    ServeMode::Passthrough | ServeMode::Decode => (None, Err(open_refusal(&error))),
+                    false => (None, Err(open_refusal(&error))),
                 }
             }
         };
@@ -274,106 +341,33 @@ impl Backings {
         }
     }
 
-    /// Stops serving the given backings, and makes the supervisor close those that no process uses.
-    fn evict(&self, keys: Vec<FileKey>) -> stencilfs::error::Result<()> {
-        let mut evicting = Vec::new();
-        {
-            let mut states = self.states();
-            for key in keys {
-                match states.remove(&key) {
-                    Some(State::Ready(ready)) => {
-                        states.insert(key.clone(), State::Evicting { ready, waiting: Vec::new() });
-                        evicting.push(key);
-                    }
-                    Some(other) => drop(states.insert(key, other)),
-                    None => {}
-                }
-            }
-        }
-        let closed = self.hydrator.evict(evicting.clone());
-        let evicted: &[FileKey] = closed.as_deref().unwrap_or(&[]);
-        let mut opens = Vec::new();
-        {
-            let mut states = self.states();
-            for key in evicting {
-                let Some(State::Evicting { ready, waiting }) = states.remove(&key) else { continue };
-                opens.extend(waiting);
-                if evicted.contains(&key) {
-                    self.stats.count(Counter::Evictions);
-                    log::info!("evicted the unused backing of template {} file {}", key.digest, key.file);
-                } else {
-                    states.insert(key, State::Ready(ready));
-                }
-            }
-        }
-        for (template, file, opening) in opens {
-            let condemned = self.hydrator.condemned();
-            let _guard = condemned.guard();
-            if condemned.holds(template.digest()) {
-                opening.reply(Err(Refusal::NoEntry));
-            } else {
-                condemned.opened(template.digest());
-                self.open(&template, file, opening);
-            }
-        }
-        closed.map(|_| ())
-    }
-
-    /// Stops all activity for condemned templates: refuses waiting opens, and waits until hydrations stop at their next
-    /// piece. Drops the states of removed templates.
-    pub fn stop_condemned(&self) {
-        let condemned = self.hydrator.condemned();
-        let until = Instant::now() + STOP_TIMEOUT;
-        loop {
-            let mut refused = Vec::new();
-            let mut filling = false;
-            self.states().retain(|key, state| {
-                if !condemned.holds(&key.digest) {
-                    return true;
-                }
-                match state {
-                    State::Filling { waiting, .. } => {
-                        refused.append(waiting);
-                        filling = true;
-                        true
-                    }
-                    State::Evicting { waiting, .. } => {
-                        refused.extend(waiting.drain(..).map(|(_, _, opening)| opening));
-                        true
-                    }
-                    State::Ready(_) | State::Decode { .. } => !condemned.is_removed(&key.digest),
-                }
-            });
-            refused.into_iter().for_each(|opening: PendingOpen| opening.reply(Err(Refusal::NoEntry)));
-            if !filling || Instant::now() > until {
-                return;
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Evicts the unused backings of templates that the store no longer has. Such backings are left over if a removal
-    /// was killed before it released the templates.
-    pub fn evict_vanished(&self, store: &Store) {
-        let ready = |(key, state): (&FileKey, &State)| matches!(state, State::Ready(_)).then(|| key.clone());
-        let mut keys: Vec<FileKey> = self.states().iter().filter_map(ready).collect();
-        let condemned = self.hydrator.condemned();
-        keys.retain(|key| !condemned.holds(&key.digest) && matches!(store.find(&key.digest), Ok(false)));
-        for keys in keys.chunks(MAX_KEYS) {
-            if let Err(error) = self.evict(keys.to_vec()) {
-                log::warn!("cannot evict backings of removed templates: {error}");
-            }
-        }
-    }
-
     fn report_reason(&self, key: &FileKey, why: Option<String>) {
         let _ =
             self.hydrator.link().request(&ServerRequest::NoBacking { key: key.clone(), reason: why }, None);
     }
 
     fn late_reason(&self) -> String {
+        if self.mode == ServeMode::Kernel {
+            return "the blocks are being verified for kernel decode".to_owned();
+        }
         let waited = self.timeout.as_secs_f64();
         format!("the backing is still being filled after the timeout of {waited} s")
+    }
+
+    /// Refuses the opens that wait for a backing: the file is served by decode until the backing is registered.
+    fn serve_by_decode(&self, key: &FileKey) {
+        let mut states = self.states();
+        let Some(State::Filling { late: late @ false, waiting, .. }) = states.get_mut(key) else { return };
+        *late = true;
+        let refused = std::mem::take(waiting);
+        drop(states);
+        let why = self.late_reason();
+        let level = if self.mode == ServeMode::Kernel { Level::Info } else { Level::Warn };
+        log::log!(level, "template {} file {} is served by decode: {why}", key.digest, key.file);
+        self.report_reason(key, Some(why));
+        // After the report: if this server dies, its successor reads the reason from the ledger and answers the next
+        // lookup with the decode number.
+        refused.into_iter().for_each(|opening| opening.reply(Err(Refusal::Stale)));
     }
 
     /// Refuses opens whose deadline has passed.
@@ -382,30 +376,18 @@ impl Backings {
         loop {
             let now = Instant::now();
             let mut next: Option<Instant> = None;
-            let (mut late_keys, mut refused) = (Vec::new(), Vec::new());
-            for (key, state) in states.iter_mut() {
-                if let State::Filling { deadline: Some(deadline), late, waiting } = state
-                    && !*late
-                {
-                    if *deadline <= now {
-                        *late = true;
-                        refused.append(waiting);
-                        late_keys.push(key.clone());
-                    } else {
-                        next = Some(next.map_or(*deadline, |n| n.min(*deadline)));
+            let mut late_keys = Vec::new();
+            for (key, state) in states.iter() {
+                if let State::Filling { deadline: Some(deadline), late: false, .. } = state {
+                    match *deadline <= now {
+                        true => late_keys.push(key.clone()),
+                        false => next = Some(next.map_or(*deadline, |n| n.min(*deadline))),
                     }
                 }
             }
             if !late_keys.is_empty() {
                 drop(states);
-                for key in late_keys {
-                    let why = self.late_reason();
-                    log::warn!("template {} file {} is served by decode: {why}", key.digest, key.file);
-                    self.report_reason(&key, Some(why));
-                }
-                // After the report: if this server dies, its successor reads the reason from the ledger and answers the
-                // next lookup with the decode number.
-                refused.into_iter().for_each(|opening: PendingOpen| opening.reply(Err(Refusal::Stale)));
+                late_keys.iter().for_each(|key| self.serve_by_decode(key));
                 states = self.states();
                 continue;
             }
@@ -436,44 +418,6 @@ fn open_refusal(error: &Error) -> Refusal {
         (Code::TryAgain, None) | (_, Some(libc::ENOSPC | libc::EDQUOT)) => Refusal::NoSpace,
         (Code::Damage, _) => Refusal::Damaged,
         _ => Refusal::Failed,
-    }
-}
-
-impl ServingPolicy for Backings {
-    fn serving(&self, template: &Template, file: usize) -> Serving {
-        let empty = template.files().get(file).is_none_or(|f| f.size.get() == 0);
-        match self.mode {
-            _ if empty => return Serving::Decode,
-            ServeMode::Decode => return Serving::Decode,
-            ServeMode::Passthrough => return Serving::Passthrough,
-            ServeMode::Auto if !self.possible => return Serving::Decode,
-            ServeMode::Auto => {}
-        }
-        let key = key(template, file);
-        let mut states = self.states();
-        match states.get(&key) {
-            None | Some(State::Evicting { .. } | State::Filling { .. })
-                if self.crowded.load(Ordering::Relaxed) =>
-            {
-                Serving::Decode
-            }
-            None | Some(State::Ready(_) | State::Evicting { .. } | State::Filling { late: false, .. }) => {
-                Serving::Passthrough
-            }
-            Some(State::Decode { since, retry: true }) if since.elapsed() > RETRY_INTERVAL => {
-                states.remove(&key);
-                Serving::Passthrough
-            }
-            Some(State::Filling { .. } | State::Decode { .. }) => Serving::Decode,
-        }
-    }
-
-    fn lifetime(&self, template: &Template, file: usize) -> NameLifetime {
-        match (self.mode, self.possible) {
-            // A later lookup may return the passthrough number.
-            (ServeMode::Auto, true) if self.serving(template, file) == Serving::Decode => NameLifetime::Zero,
-            _ => NameLifetime::Long,
-        }
     }
 }
 

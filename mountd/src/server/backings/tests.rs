@@ -186,7 +186,8 @@ fn a_backing_that_another_server_has_registered_is_used() {
     assert_eq!(reply(&world.open(world.memory_ino())), Ok(Opened::Backing(77)));
     let file = stencilfs::sys::memory::memfd::create("ready", stencilfs::units::Bytes::new(1)).unwrap();
     let mut setup = Setup::new(ServeMode::Auto);
-    setup.ready = vec![(world.key(), 42, file)];
+    let ready = Ready { id: 42, verified_at: 0, file: file.into(), packs: Vec::new() };
+    setup.earlier = vec![EarlierBacking { key: world.key(), ready: Some(ready) }];
     let world = world.succeed(setup);
     assert_eq!(reply(&world.open(world.memory_ino())), Ok(Opened::Backing(42)));
     assert_eq!(world.supervisor.count(is_reserve), 0);
@@ -355,4 +356,62 @@ fn only_temporary_errors_are_retried() {
             && is_temporary(&Error::try_again("x"))
     );
     assert!(!is_temporary(&of(libc::EINVAL)) && !is_temporary(&Error::damage("x")));
+}
+
+/// A supervisor of a mount with kernel decode: the file that the kernel decodes holds `bytes`.
+fn kernel_world(bytes: Vec<u8>, verified_at: Option<u64>) -> (World, Arc<Gate>) {
+    let decoded = tempfile::tempfile().unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&decoded, &bytes, 0).unwrap();
+    let setup = Setup::new(ServeMode::Kernel).script(move |request, supervisor| match request {
+        ServerRequest::Freeze { key } => {
+            supervisor.files.lock().unwrap().insert(key.clone(), fds::copy(&decoded).unwrap());
+            Some((ServerReply::Frozen { verified_at }, Some(fds::copy(&decoded).unwrap())))
+        }
+        _ => None,
+    });
+    let (setup, gate) = setup.hold(|request| matches!(request, ServerRequest::Register { .. }));
+    (World::with(setup), gate)
+}
+
+#[test]
+fn with_kernel_decode_a_file_is_served_by_decode_until_its_blocks_are_verified() {
+    let (world, gate) = kernel_world(content(7), None);
+    assert_eq!(reply(&world.open(world.memory_ino())), Err(Refusal::Stale));
+    assert!(reason(&world.supervisor).unwrap().contains("being verified for kernel decode"));
+    let decode = world.memory_ino();
+    assert_eq!(reply(&world.open(decode)), Ok(Opened::Decode));
+    gate.open();
+    let ino = wait_for("the promotion", || Some(world.memory_ino()).filter(|ino| *ino != decode));
+    assert_eq!(reply(&world.open(ino)), Ok(Opened::Backing(1)));
+    let image = world.supervisor.count(
+        |request| matches!(request, ServerRequest::Reserve { size, data_bytes, .. } if size == data_bytes && *size < 1 << 16),
+    );
+    assert_eq!(image, 1, "room is reserved for the metadata, not for a copy");
+}
+
+#[test]
+fn with_kernel_decode_the_first_open_of_a_verified_file_waits_for_the_kernel() {
+    let (world, gate) = kernel_world(content(7), Some(1));
+    let open = world.open(world.memory_ino());
+    wait_for("the registration", || {
+        (world.supervisor.count(|r| matches!(r, ServerRequest::Register { .. })) == 1).then_some(())
+    });
+    assert!(open.try_recv().is_err());
+    gate.open();
+    assert_eq!(reply(&open), Ok(Opened::Backing(1)));
+}
+
+#[test]
+fn with_kernel_decode_wrong_bytes_of_the_kernel_are_never_served() {
+    let mut bytes = content(7);
+    bytes[3 * BLOCK + 77] ^= 1;
+    let (world, gate) = kernel_world(bytes, None);
+    gate.open();
+    assert_eq!(reply(&world.open(world.memory_ino())), Err(Refusal::Stale));
+    let why = wait_for("the reason", || {
+        reason(&world.supervisor).filter(|why| why.contains("the kernel decodes other bytes"))
+    });
+    assert!(why.contains(&format!("offset {}", 3 * BLOCK)), "{why}");
+    assert_eq!(world.supervisor.count(|r| matches!(r, ServerRequest::Register { .. })), 0);
+    assert_eq!(reply(&world.open(world.memory_ino())), Ok(Opened::Decode));
 }

@@ -163,6 +163,16 @@ impl Tree {
         self.templates.get(&self.store, digest).map_err(|e| refuse(&e))
     }
 
+    /// Returns the templates that can be opened and are not condemned, the newest first.
+    pub fn newest(&self) -> Vec<Digest> {
+        let digests = self.store.digests().unwrap_or_default();
+        let present = digests.into_iter().filter(|digest| !self.condemned.holds(digest));
+        let created = |digest| Some((self.store.template(&digest).ok()?.policy().created, digest));
+        let mut all: Vec<(u64, Digest)> = present.filter_map(created).collect();
+        all.sort_by_key(|(created, _)| std::cmp::Reverse(*created));
+        all.into_iter().map(|(_, digest)| digest).collect()
+    }
+
     /// Same as [`template`](Self::template), for requests on open files: while a removal is undecided, the template may
     /// disappear from the store and come back.
     ///

@@ -7,6 +7,7 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags};
 use stencilfs::control::Cache;
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::files::immutable;
 use stencilfs::sys::memory::memfd;
 use stencilfs::units::Bytes;
 
@@ -55,7 +56,7 @@ pub fn freeze(cache: &Cache, file: impl AsFd, reserved: Bytes) -> Result<()> {
     const SLACK: u64 = 16 << 20;
     let fail = |e: io::Error| Error::failed("cannot freeze the backing").because(e);
     match cache {
-        Cache::Directory(_) => cache::freeze(&file).map_err(|e| fail(e.into()))?,
+        Cache::Directory(_) => immutable::set(&file).map_err(|e| fail(e.into()))?,
         Cache::Memory => memfd::freeze(&file).map_err(fail)?,
         Cache::Nowhere(why) => return Err(Error::failed(why.clone())),
     }

@@ -16,13 +16,17 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
-use stencilfs::control::{Cache, Channel, Failure, FileKey, MountOptions, Received, UnmountMode};
+use stencilfs::control::{
+    BackingKind, Cache, Channel, Chosen, Failure, FileKey, MountOptions, Received, UnmountMode,
+};
 use stencilfs::error::{Error, Result};
+use stencilfs::store::{Proof, Store};
 use stencilfs::sys::fuse::device;
 use stencilfs::sys::process::{self, Fork};
 use stencilfs::units::Bytes;
 
 use super::event::JobResult;
+use super::kernel_decode;
 use super::machine::TRIAL_TIMEOUT;
 use super::program::Program;
 use crate::protocol::ledger::Ledger;
@@ -41,8 +45,15 @@ const AFFECTED_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// The job is done. The descriptor of the message is the file, for a job that creates a file.
+    /// The job is done. The descriptor of the message is the file, for a job that creates or opens a file.
     Done,
+    /// The descriptor of the message is a file that the kernel decodes.
+    Decoded {
+        /// Proof of the verification of the file.
+        proof: Proof,
+        /// When the file was verified before.
+        verified_at: Option<u64>,
+    },
     /// Indices of the keys whose files no process uses.
     Unused(Vec<u64>),
     /// The operation failed.
@@ -102,6 +113,10 @@ impl Job {
         let failed = |why: &str| Some(JobResult::Failed(Error::failed(why)));
         match self.channel.try_receive() {
             Ok(Received::Message(Outcome::Done, fd)) => Some(JobResult::Done(fd)),
+            Ok(Received::Message(Outcome::Decoded { proof, verified_at }, Some(file))) => {
+                Some(JobResult::Decoded(kernel_decode::Opened { file, proof, verified_at }))
+            }
+            Ok(Received::Message(Outcome::Decoded { .. }, None)) => failed("the job has sent no file"),
             Ok(Received::Message(Outcome::Unused(indices), _)) => Some(JobResult::Unused(indices)),
             Ok(Received::Message(Outcome::Failed(failure), _)) => {
                 Some(JobResult::Failed(failure.into_error()))
@@ -132,18 +147,57 @@ pub fn create_backing(hidden: &[BorrowedFd<'_>], cache: &Cache, size: Bytes, dat
     Job::start(FILE_TIMEOUT, hidden, || Ok((Outcome::Done, Some(backing_files::create(cache, size, data)?))))
 }
 
-/// Starts a job that makes the filled file of a backing immutable.
+/// Starts a job that makes the filled file of a backing immutable. For kernel decode the file is an image, and the
+/// result of the job is the file that the kernel decodes.
 ///
 /// # Errors
 /// Same as [`create_backing`].
 pub fn freeze_backing(
     hidden: &[BorrowedFd<'_>],
-    cache: &Cache,
+    (chosen, options): (&Chosen, &MountOptions),
+    key: &FileKey,
     file: &OwnedFd,
     reserved: Bytes,
 ) -> Result<Job> {
     Job::start(FILE_TIMEOUT, hidden, || {
-        backing_files::freeze(cache, file, reserved).map(|()| (Outcome::Done, None))
+        backing_files::freeze(&chosen.cache, file, reserved)?;
+        // The image of a server that is not trusted is read into memory.
+        let length = rustix::fs::fstat(file).map_or(i64::MAX, |stat| stat.st_size);
+        if chosen.kind == BackingKind::Kernel
+            && u64::try_from(length).is_ok_and(|length| length > reserved.get())
+        {
+            return Err(Error::failed(format!(
+                "an image of {length} bytes is longer than the reserved {reserved}"
+            )));
+        }
+        match chosen.kind {
+            BackingKind::Copy => Ok((Outcome::Done, None)),
+            BackingKind::Kernel => {
+                let kernel_decode::Opened { file, proof, verified_at } =
+                    kernel_decode::open(&options.store, key, file, options.scrub_interval)?;
+                Ok((Outcome::Decoded { proof, verified_at }, Some(file)))
+            }
+        }
+    })
+}
+
+/// Starts a job that remembers in the store when a file was verified with a proof, or forgets it.
+///
+/// # Errors
+/// Same as [`create_backing`].
+pub fn remember(
+    hidden: &[BorrowedFd<'_>],
+    store: &Path,
+    key: &FileKey,
+    verified: Option<(Proof, u64)>,
+) -> Result<Job> {
+    Job::start(FILE_TIMEOUT, hidden, || {
+        let store = Store::open(store)?;
+        match verified {
+            Some((proof, at)) => store.set_verified(&key.digest, &key.file, proof, at)?,
+            None => store.forget_verified(&key.digest, &key.file)?,
+        }
+        Ok((Outcome::Done, None))
     })
 }
 

@@ -3,6 +3,9 @@
 //! ```text
 //!   reserved ──▶ created ──▶ (filled by the server) ──▶ frozen ──▶ (verified by the server) ──▶ registered ──▶ closed
 //! ```
+//! The server fills a backing with a copy of the file's bytes or, for kernel decode, with an image that tells the kernel
+//! where the bytes are in the packs. The step to frozen then replaces the image by the file that the kernel decodes.
+//!
 //! A server needs the id of a backing to answer opens with it. It gets the id only after registration, when the file
 //! that the server compared with the hashes is known to be the file that was frozen.
 
@@ -10,11 +13,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use stencilfs::control::{BackingRow, Chosen, FileKey, Stage};
 use stencilfs::error::{Error, Result};
-use stencilfs::store::Digest;
+use stencilfs::store::{Digest, Proof};
 use stencilfs::units::Bytes;
 
 use crate::protocol::MAX_KEYS;
 use crate::protocol::fds;
+use crate::supervisor::kernel_decode::Opened;
 
 /// Largest number of files for which a mount records a backing, or the reason why there is none.
 const MAX_FILES: usize = 4096;
@@ -28,6 +32,17 @@ const MAX_REASON: usize = 400;
 struct Backing {
     row: BackingRow,
     file: Option<OwnedFd>,
+    /// For kernel decode: the proof of a verification. Not known for a backing of an earlier supervisor.
+    proof: Option<Proof>,
+}
+
+/// A backing that is immutable.
+#[derive(Debug)]
+pub struct Frozen {
+    /// A duplicate of the file to verify.
+    pub file: OwnedFd,
+    /// When the file was verified before, if nothing has changed since.
+    pub verified_at: Option<u64>,
 }
 
 /// The result of a reservation.
@@ -57,7 +72,15 @@ pub struct Backings(Vec<Backing>);
 impl Backings {
     /// Restores the backings of an earlier supervisor. `file` returns the descriptor for a row.
     pub fn restore(rows: Vec<BackingRow>, mut file: impl FnMut(&BackingRow) -> Option<OwnedFd>) -> Backings {
-        Backings(rows.into_iter().map(|row| Backing { file: file(&row), row }).collect())
+        let backing = |mut row: BackingRow| {
+            let file = file(&row);
+            if file.is_none() && row.id.is_none() {
+                // Only the earlier supervisor had the file. The server begins again.
+                (row.stage, row.reserved, row.filled) = (Stage::None, 0, 0);
+            }
+            Backing { file, row, proof: None }
+        };
+        Backings(rows.into_iter().map(backing).collect())
     }
 
     /// Returns all rows, with the numbers of their descriptors in this process.
@@ -106,7 +129,7 @@ impl Backings {
     fn unfinished(&mut self, key: &FileKey) -> Result<&mut Backing> {
         self.find(key)
             .filter(|b| b.row.id.is_none() && b.row.stage != Stage::None)
-            .ok_or_else(|| Error::failed(format!("no space is reserved for the backing of {}", key.file)))
+            .ok_or_else(|| Error::try_again(format!("no space is reserved for the backing of {}", key.file)))
     }
 
     fn entry(&mut self, key: FileKey) -> Result<&mut Backing> {
@@ -125,11 +148,20 @@ impl Backings {
                 )));
             }
             None => {
-                let (id, descriptor, why) = (None, None, None);
+                let (id, descriptor, verified_at, why) = (None, None, None, None);
                 let stage = Stage::None;
-                let row =
-                    BackingRow { key, stage, id, descriptor, identity: (0, 0), reserved: 0, filled: 0, why };
-                self.0.push(Backing { row, file: None });
+                let row = BackingRow {
+                    key,
+                    stage,
+                    id,
+                    descriptor,
+                    identity: (0, 0),
+                    reserved: 0,
+                    filled: 0,
+                    verified_at,
+                    why,
+                };
+                self.0.push(Backing { row, file: None, proof: None });
                 self.0.len() - 1
             }
         };
@@ -157,8 +189,11 @@ impl Backings {
     /// Returns [`Code::TryAgain`](stencilfs::error::Code::TryAgain) if there would be too little space even after an
     /// eviction.
     pub fn reserve(&mut self, chosen: &Chosen, key: &FileKey, data: Bytes) -> Result<Reservation> {
-        if let Some(id) = self.find(key).and_then(|b| b.row.id) {
-            return Ok(Reservation::Ready(id));
+        if let Some((id, why)) = self.find(key).and_then(|b| Some((b.row.id?, &b.row.why))) {
+            return match why {
+                None => Ok(Reservation::Ready(id)),
+                Some(why) => Err(Error::failed(format!("the backing is damaged: {why}"))),
+            };
         }
         if data > chosen.most {
             let error = format!("the backing needs {data}, the cache may hold {}", chosen.most);
@@ -215,11 +250,21 @@ impl Backings {
         }
     }
 
-    /// Records that the file of a backing is immutable.
-    pub fn frozen(&mut self, key: &FileKey) {
-        if let Ok(backing) = self.unfinished(key) {
-            backing.row.stage = Stage::Frozen;
+    /// Records that the file of a backing is immutable. For kernel decode, the file that the kernel decodes takes the
+    /// place of the image, which the kernel holds.
+    ///
+    /// # Errors
+    /// Returns an error if no file was created for the backing, or if the process is out of descriptors.
+    pub fn frozen(&mut self, key: &FileKey, decoded: Option<Opened>) -> Result<Frozen> {
+        let backing = self.unfinished(key)?;
+        if let Some(Opened { file, proof, verified_at }) = decoded {
+            backing.row.identity = fds::identity(&file)?;
+            backing.file = Some(file);
+            (backing.proof, backing.row.verified_at) = (Some(proof), verified_at);
         }
+        backing.row.stage = Stage::Frozen;
+        let file = backing.file.as_ref().ok_or_else(|| Error::failed("the file of the backing is closed"))?;
+        Ok(Frozen { file: fds::copy(file)?, verified_at: backing.row.verified_at })
     }
 
     /// Checks that a backing may be registered: that its file is frozen and is the file with the identity `verified`.
@@ -250,6 +295,32 @@ impl Backings {
         }
     }
 
+    /// Records when the blocks of a file were verified for kernel decode, in seconds since 1970.
+    pub fn note_verified(&mut self, key: &FileKey, at: Option<u64>) {
+        if let Some(backing) = self.find(key) {
+            backing.row.verified_at = at;
+        }
+    }
+
+    /// Records that a registered backing is damaged: no later server answers opens with it.
+    pub fn withdraw(&mut self, key: &FileKey, reason: &str) {
+        if let Some(backing) = self.find(key).filter(|backing| backing.row.id.is_some()) {
+            backing.row.verified_at = None;
+            backing.row.why = Some(bounded(reason));
+        }
+    }
+
+    /// Returns what the store must remember of the verification of a registered backing: its proof and time, or `None`
+    /// for a damaged backing. Returns `None` if the store need not change.
+    pub fn verified(&self, key: &FileKey) -> Option<Option<(Proof, u64)>> {
+        let backing = self.0.iter().find(|b| b.row.key == *key && b.row.id.is_some())?;
+        match (backing.proof, backing.row.verified_at, &backing.row.why) {
+            (_, _, Some(_)) => Some(None),
+            (Some(proof), Some(at), None) => Some(Some((proof, at))),
+            (_, _, None) => None,
+        }
+    }
+
     /// Returns the files of a template that have a registered backing.
     pub fn keys_of(&self, digest: &Digest) -> Vec<FileKey> {
         let ready = self.0.iter().filter(|b| b.row.key.digest == *digest && b.row.id.is_some());
@@ -277,9 +348,7 @@ impl Backings {
     pub fn note_reason(&mut self, key: FileKey, reason: Option<String>) -> Result<()> {
         let backing = self.entry(key)?;
         if backing.row.id.is_none() {
-            // Bounded, since the reason occupies locked memory and space in the ledger.
-            let plain = |c: char| if c.is_control() { ' ' } else { c };
-            backing.row.why = reason.map(|text| text.chars().take(MAX_REASON).map(plain).collect());
+            backing.row.why = reason.as_deref().map(bounded);
         }
         Ok(())
     }
@@ -299,6 +368,12 @@ impl Backings {
     }
 }
 
+/// Returns a reason on one line, bounded because it occupies locked memory and space in the ledger.
+fn bounded(reason: &str) -> String {
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    reason.chars().take(MAX_REASON).map(plain).collect()
+}
+
 fn copy_of(backing: Option<&Backing>) -> Result<OwnedFd> {
     let file = backing.and_then(|b| b.file.as_ref());
     fds::copy(file.ok_or_else(|| Error::not_found("the file has no registered backing"))?)
@@ -307,7 +382,7 @@ fn copy_of(backing: Option<&Backing>) -> Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use stencilfs::control::Cache;
+    use stencilfs::control::{BackingKind, Cache};
     use stencilfs::error::Code;
 
     fn key(name: &str) -> FileKey {
@@ -315,7 +390,7 @@ mod tests {
     }
 
     fn cache(limit: u64) -> Chosen {
-        Chosen { cache: Cache::Memory, why: None, most: Bytes::new(limit) }
+        Chosen { kind: BackingKind::Copy, cache: Cache::Memory, why: None, most: Bytes::new(limit) }
     }
 
     fn file() -> (OwnedFd, (u64, u64)) {
@@ -330,7 +405,7 @@ mod tests {
         let (file, identity) = file();
         backings.created(&key, file).unwrap();
         assert_eq!(backings.reserved_for_freeze(&key).unwrap(), Some(Bytes::new(bytes)));
-        backings.frozen(&key);
+        drop(backings.frozen(&key, None).unwrap());
         assert_eq!(backings.registration(&key, identity).unwrap(), Registration::Register);
         backings.note_registered(&key, id);
     }
@@ -346,7 +421,7 @@ mod tests {
         let ((first, identity), (_second, other)) = (file(), file());
         backings.created(&key, first).unwrap();
         assert!(backings.registration(&key, identity).unwrap_err().to_string().contains("not frozen"));
-        backings.frozen(&key);
+        drop(backings.frozen(&key, None).unwrap());
         assert_eq!(backings.reserved_for_freeze(&key).unwrap(), None, "already frozen");
         assert!(backings.registration(&key, other).unwrap_err().to_string().contains("verified file is not"));
         assert!(backings.copy(&key).is_err(), "not registered");

@@ -3,6 +3,7 @@
 use stencilfs::control::FileKey;
 use stencilfs::error::Error;
 
+use super::backings::Frozen;
 use super::{Machine, Purpose};
 use crate::protocol::ServerReply;
 use crate::protocol::fds;
@@ -38,14 +39,31 @@ impl Machine {
                 if !self.end_job(id, number) {
                     return;
                 }
-                let reply = match result {
-                    JobResult::Done(_) => {
-                        self.backings.frozen(&key);
-                        Ok(ServerReply::Done)
-                    }
+                let frozen = match result {
+                    JobResult::Done(_) => self.backings.frozen(&key, None),
+                    JobResult::Decoded(decoded) => self.backings.frozen(&key, Some(decoded)),
                     other => Err(failed(other)),
                 };
-                self.actions.extend([Action::Save, Action::reply(id, number, reply, None)]);
+                let (reply, file) = match frozen {
+                    Ok(Frozen { file, verified_at }) => (Ok(ServerReply::Frozen { verified_at }), Some(file)),
+                    Err(error) => (Err(error), None),
+                };
+                self.actions.extend([Action::Save, Action::reply(id, number, reply, file)]);
+            }
+            (Purpose::Remember, result) => {
+                if let JobResult::Failed(error) = result {
+                    log::warn!("{error}");
+                }
+            }
+            (Purpose::Scrubbed(id, number), result) => {
+                if !self.end_job(id, number) {
+                    return;
+                }
+                let reply = match result {
+                    JobResult::Done(_) => Ok(ServerReply::Done),
+                    other => Err(failed(other)),
+                };
+                self.actions.push(Action::reply(id, number, reply, None));
             }
             (Purpose::FindUnused(id, number, keys), result) => {
                 if !self.end_job(id, number) {

@@ -55,6 +55,10 @@ enum Purpose {
     Create(ServerId, u64, FileKey),
     /// Freezes a backing, for a request of a server.
     Freeze(ServerId, u64, FileKey),
+    /// Remembers the verification of a backing.
+    Remember,
+    /// Remembers the result of a scrub, for a request of a server.
+    Scrubbed(ServerId, u64),
     /// Finds unused backings, for a request of a server.
     FindUnused(ServerId, u64, Vec<FileKey>),
     /// Unmounts, for a caller or for a signal.

@@ -2,11 +2,11 @@
 
 use std::os::fd::OwnedFd;
 
-use stencilfs::control::{CONTROL_VERSION, FileKey, OnDamage};
+use stencilfs::control::{BackingKind, CONTROL_VERSION, FileKey, OnDamage};
 use stencilfs::error::{Error, Result};
 use stencilfs::units::Bytes;
 
-use super::backings::{Registration, Reservation};
+use super::backings::{Frozen, Registration, Reservation};
 use super::lifecycle::{Admission, ServerState};
 use super::{Machine, Purpose};
 use crate::protocol::{MAX_KEYS, ServerReply, ServerRequest};
@@ -78,14 +78,19 @@ impl Machine {
             }
             ServerRequest::Freeze { key } => self.freeze(id, number, key),
             ServerRequest::Evict { keys } => self.evict(id, number, keys),
-            ServerRequest::Register { key, identity } => match self.backings.registration(&key, identity) {
+            ServerRequest::Register { key, identity, verified_at } => match self
+                .backings
+                .registration(&key, identity)
+            {
                 Ok(Registration::Register) => {
+                    self.backings.note_verified(&key, verified_at);
                     self.actions.push(Action::RegisterBacking(id, number, key));
                     None
                 }
                 Ok(Registration::AlreadyRegistered(backing)) => Some(Ok(ServerReply::Registered(backing))),
                 Err(error) => Some(Err(error)),
             },
+            ServerRequest::Scrubbed { key, at, damage } => self.scrubbed(id, number, &key, at, damage),
             ServerRequest::NoBacking { key, reason } => {
                 let noted = self.backings.note_reason(key, reason);
                 self.actions.push(Action::Save);
@@ -203,7 +208,14 @@ impl Machine {
                 let task = Task::FreezeBacking { key: key.clone(), reserved };
                 self.request_job(id, Purpose::Freeze(id, number, key), task)
             }
-            Ok(None) => Some(Ok(ServerReply::Done)),
+            Ok(None) => match self.backings.frozen(&key, None) {
+                Ok(Frozen { file, verified_at }) => {
+                    let reply = Ok(ServerReply::Frozen { verified_at });
+                    self.actions.push(Action::reply(id, number, reply, Some(file)));
+                    None
+                }
+                Err(error) => Some(Err(error)),
+            },
             Err(error) => Some(Err(error)),
         }
     }
@@ -215,6 +227,32 @@ impl Machine {
         }
         keys.truncate(MAX_KEYS);
         self.request_job(id, Purpose::FindUnused(id, number, keys.clone()), Task::FindUnused(keys))
+    }
+
+    /// Enters the result of a scrub. The reply follows when the store remembers the result.
+    fn scrubbed(
+        &mut self,
+        id: ServerId,
+        number: u64,
+        key: &FileKey,
+        at: u64,
+        damage: Option<String>,
+    ) -> Option<Result<ServerReply>> {
+        if self.handover.has_candidate() {
+            // The candidate has read a mount state in which the backing is not damaged.
+            return Some(Err(Error::try_again("another server is starting")));
+        }
+        match damage {
+            None => self.backings.note_verified(key, Some(at)),
+            Some(reason) => self.backings.withdraw(key, &reason),
+        }
+        self.actions.push(Action::Save);
+        match self.backings.verified(key) {
+            Some(verified) => {
+                self.request_job(id, Purpose::Scrubbed(id, number), Task::Remember(key.clone(), verified))
+            }
+            None => Some(Ok(ServerReply::Done)),
+        }
     }
 
     fn request_job(&mut self, id: ServerId, purpose: Purpose, task: Task) -> Option<Result<ServerReply>> {
@@ -235,16 +273,21 @@ impl Machine {
         let reply = match result {
             Ok(backing) => {
                 self.backings.note_registered(key, backing);
+                if let Some(verified) = self.backings.verified(key) {
+                    self.job(Purpose::Remember, Task::Remember(key.clone(), verified));
+                }
                 self.actions.extend([Action::Save, Action::StoreBackings]);
                 Ok(ServerReply::Registered(backing))
             }
             Err(e) => {
                 let stacked = e.raw_os_error() == Some(libc::ELOOP);
                 let error = Error::failed("the kernel rejects the backing").because(e);
-                Err(if stacked {
-                    error.hint("use --cache-dir with a directory on ext4 or xfs")
-                } else {
-                    error
+                Err(match (stacked, self.mount.chosen.kind) {
+                    (true, BackingKind::Copy) => {
+                        error.hint("use --cache-dir with a directory on ext4 or xfs")
+                    }
+                    (true, BackingKind::Kernel) => error.hint("mount with --serve auto"),
+                    (false, _) => error,
                 })
             }
         };

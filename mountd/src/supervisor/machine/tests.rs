@@ -417,3 +417,33 @@ fn callers_get_errors_with_codes() {
     let job = JobId(77);
     world.send(Event::JobEnded(job, JobResult::Done(None)));
 }
+
+#[test]
+fn a_backing_that_a_scrub_found_damaged_is_given_to_no_later_server() {
+    let mut world = serving_world();
+    world.hydrate(Key(0)).expect("a backing");
+    let key = Key(0).file();
+    let scrubbed = |damage: Option<&str>| ServerRequest::Scrubbed {
+        key: Key(0).file(),
+        at: 7,
+        damage: damage.map(str::to_owned),
+    };
+    world.request(scrubbed(None));
+    world.finish_jobs();
+    assert_eq!(world.machine.backings().rows()[0].verified_at, Some(7));
+
+    // A candidate has read a mount state in which the backing is intact.
+    world.send(Event::Request(RM, Request::Restart { supervisor: false }, Some(model::file())));
+    world.finish_jobs();
+    let refused = world.request(scrubbed(Some("a lost bit")));
+    assert!(matches!(refused, Some(ServerReply::Refused(_))), "{refused:?}");
+    assert_eq!(world.machine.backings().rows()[0].why, None);
+    let mut world = serving_world();
+    world.hydrate(Key(0)).expect("a backing");
+    world.request(scrubbed(Some("a lost bit")));
+    world.finish_jobs();
+    let row = &world.machine.backings().rows()[0];
+    assert_eq!((row.why.as_deref(), row.verified_at), (Some("a lost bit"), None));
+    let reserve = world.request(ServerRequest::Reserve { key, size: 1, data_bytes: 1 });
+    assert!(matches!(reserve, Some(ServerReply::Refused(_))), "{reserve:?}");
+}

@@ -150,7 +150,11 @@ impl Run {
             Step::RegisterEarly(key) => {
                 let file = self.world.machine.backings().file(&key.file());
                 let identity = file.map_or((1, 1), |file| crate::protocol::fds::identity(file).unwrap());
-                self.request_of_current(ServerRequest::Register { key: key.file(), identity });
+                self.request_of_current(ServerRequest::Register {
+                    key: key.file(),
+                    identity,
+                    verified_at: None,
+                });
             }
             Step::Repeat => {
                 if let Some(id) = current {

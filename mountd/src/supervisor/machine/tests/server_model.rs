@@ -54,7 +54,7 @@ impl ServerModel {
         match self.filling.get(&key) {
             None => ServerRequest::Reserve { key: file, size: 1, data_bytes: 1 },
             Some(_) if !frozen => ServerRequest::Freeze { key: file },
-            Some(&identity) => ServerRequest::Register { key: file, identity },
+            Some(&identity) => ServerRequest::Register { key: file, identity, verified_at: Some(1) },
         }
     }
 

@@ -1,0 +1,46 @@
+//! Kernel decode: opens the files of EROFS mounts that are its backings.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use stencilfs::control::FileKey;
+use stencilfs::error::{Error, Result};
+use stencilfs::store::{KERNEL_IMAGE_FILE, Proof, Store};
+use stencilfs::sys::files::erofs;
+
+/// A file that the kernel decodes.
+#[derive(Debug)]
+pub struct Opened {
+    /// The file, in an EROFS mount.
+    pub file: OwnedFd,
+    /// Proof of its verification, if all its blocks are compared with their hashes.
+    pub proof: Proof,
+    /// When they were compared before, in seconds since 1970, if nothing has changed since.
+    pub verified_at: Option<u64>,
+}
+
+/// Seals the packs that an immutable image names, and opens the file that the kernel decodes out of them. A verification
+/// counts for `valid` (zero: without limit).
+///
+/// # Errors
+/// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if a pack is gone, or an error if a pack cannot be
+/// sealed or the kernel refuses the image.
+pub fn open(store: &Path, key: &FileKey, image: impl AsFd, valid: Duration) -> Result<Opened> {
+    let fail = |e| Error::failed("cannot read an image for kernel decode").because(e);
+    let mut bytes = Vec::new();
+    let copy = image.as_fd().try_clone_to_owned().map_err(fail)?;
+    let mut reader = File::from(copy);
+    reader.rewind().and_then(|()| reader.read_to_end(&mut bytes)).map_err(fail)?;
+    let store = Store::open(store)?;
+    let packs = store.sealed_packs(&bytes)?;
+    let proof = Proof::of(&key.digest, &key.file, &bytes, &packs)
+        .map_err(|e| Error::failed("cannot inspect a pack").because(e))?;
+    let file = erofs::open_file(image, &packs, KERNEL_IMAGE_FILE)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let is_valid = |at: &u64| valid.is_zero() || now.saturating_sub(*at) < valid.as_secs();
+    let verified_at = store.verified_at(&key.digest, &key.file, proof).filter(is_valid);
+    Ok(Opened { file, proof, verified_at })
+}

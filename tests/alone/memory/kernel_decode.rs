@@ -1,0 +1,63 @@
+//! Memory that the kernel decodes is held once, and counted to the page.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+
+use stencilfs::sys::memory::mapping::{Advice, Mapping, Protection, Request, Sharing};
+use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset};
+
+use crate::support::actor::Actor;
+use crate::support::daemon::drill::drop_caches;
+use crate::support::host;
+use crate::support::mount::TestMount;
+use crate::support::store::random;
+
+const PAGE: usize = 4096;
+
+#[test]
+fn clones_share_one_copy_in_large_mappings_and_it_is_counted_to_the_page() {
+    let _host = host::alone();
+    let world = TestMount::new("kernel");
+    let bytes = random(3, 16 << 20);
+    let digest = world.import_bytes(&bytes, "web:1");
+    world.wait_until_verified(&digest);
+    let path = world.file(&digest, "memory");
+    drop_caches();
+    let file = File::open(&path).unwrap();
+    let mapping = Mapping::new(&Request {
+        length: Bytes::new(bytes.len() as u64),
+        align: Bytes::new(HUGE_PAGE_SIZE),
+        file: Some((file.as_fd(), FileOffset::new(0))),
+        protection: Protection::ReadWrite,
+        sharing: Sharing::Private,
+        reserve: false,
+        sync: false,
+    })
+    .unwrap();
+    mapping.advise(0..bytes.len() as u64, Advice::HugePage).unwrap();
+    for (page, expected) in bytes.iter().step_by(PAGE).enumerate() {
+        assert_eq!(mapping.load(MemoryOffset::new((page * PAGE) as u64)).unwrap(), *expected);
+    }
+    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let of_mapping = smaps.split_once(&format!("{:x}-", mapping.address())).expect("the mapping").1;
+    let large = of_mapping.lines().find_map(|line| line.strip_prefix("FilePmdMapped:")).unwrap();
+    assert_eq!(large.trim(), format!("{} kB", bytes.len() >> 10));
+    drop(mapping);
+
+    let mut clones = [Actor::start(), Actor::start()];
+    for clone in &mut clones {
+        clone.tell(&format!("map 0 {} 0 {} rw", path.display(), bytes.len()));
+        for (page, expected) in bytes.iter().step_by(PAGE).enumerate() {
+            assert_eq!(clone.tell(&format!("read 0 {page}")) as u8, *expected);
+        }
+        clone.tell("write 0 7 1");
+    }
+    let density = world.json(&["density", "--audit"]);
+    let template = &density["templates"][0];
+    assert_eq!((&template["serving"], &template["resident_bytes"]), (&"kernel".into(), &bytes.len().into()));
+    let dirty: Vec<_> =
+        density["clones"].as_array().unwrap().iter().map(|row| row["dirty_pages"].clone()).collect();
+    assert_eq!(dirty, [1, 1]);
+    let error = density["audit"]["frames"]["error_percent"].as_f64().unwrap();
+    assert!(error.abs() <= 0.5, "{}", density["audit"]);
+}

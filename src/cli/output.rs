@@ -169,7 +169,7 @@ pub fn start_log(level: &str) {
         .init();
 }
 
-/// Asks a question on the terminal. Returns only if the answer is yes.
+/// Asks a question on the terminal. Returns an error unless the answer is `y` or `yes`.
 ///
 /// # Errors
 /// Returns [`Code::Usage`] without a terminal, and an error for another answer.

@@ -73,8 +73,8 @@ pub enum ServerRequest {
         /// With kernel decode, when the file was verified, in seconds since 1970.
         verified_at: Option<u64>,
     },
-    /// Reports that all blocks of a registered backing were verified again. The reply is `Done`, when the store remembers the
-    /// result. After a report of damage the server answers no more opens with the backing.
+    /// Reports the result of a scrub of a registered backing. The reply is `Done`, for damage after the store has forgotten
+    /// the verification. After a report of damage the server answers no more opens with the backing.
     Scrubbed {
         /// The file.
         key: FileKey,

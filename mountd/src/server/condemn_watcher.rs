@@ -90,7 +90,7 @@ impl Watcher {
         }
         // After the report, which the caller of a removal waits for.
         self.backings.evict_vanished(&self.store);
-        self.backings.renew(&self.tree);
+        self.backings.renew(&self.tree, &self.store);
     }
 
     /// Makes the kernel drop the unused inodes of a template's files, which would otherwise count as in use. Cannot

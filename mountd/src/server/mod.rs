@@ -206,8 +206,7 @@ fn earlier(rows: Vec<BackingRow>) -> Vec<EarlierBacking> {
         let file = fds::has_identity(&fd, row.identity).then_some(fd)?;
         let verified_at = row.verified_at.unwrap_or_else(hydrate::now);
         // A reason at a registered backing is damage.
-        let ready =
-            row.why.is_none().then_some(Ready { id, verified_at, file: file.into(), packs: Vec::new() });
+        let ready = row.why.is_none().then_some(Ready { id, verified_at, file: file.into(), packs: None });
         Some(EarlierBacking { key: row.key, ready })
     };
     rows.into_iter().filter_map(opened).collect()

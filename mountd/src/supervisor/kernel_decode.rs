@@ -1,8 +1,8 @@
 //! Kernel decode: opens the files of EROFS mounts that are its backings.
 
 use std::fs::File;
-use std::io::{Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +10,10 @@ use stencilfs::control::FileKey;
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{KERNEL_IMAGE_FILE, Proof, Store};
 use stencilfs::sys::files::erofs;
+use stencilfs::units::to_usize;
+
+/// Most bytes of an image that are parsed: the device table of the largest image (65535 packs), and what is before it.
+const MAX_DEVICE_TABLE: u64 = 16 << 20;
 
 /// A file that the kernel decodes.
 #[derive(Debug)]
@@ -30,17 +34,18 @@ pub struct Opened {
 /// sealed or the kernel refuses the image.
 pub fn open(store: &Path, key: &FileKey, image: impl AsFd, valid: Duration) -> Result<Opened> {
     let fail = |e| Error::failed("cannot read an image for kernel decode").because(e);
-    let mut bytes = Vec::new();
-    let copy = image.as_fd().try_clone_to_owned().map_err(fail)?;
-    let mut reader = File::from(copy);
-    reader.rewind().and_then(|()| reader.read_to_end(&mut bytes)).map_err(fail)?;
+    let metadata = File::from(image.as_fd().try_clone_to_owned().map_err(fail)?);
+    let length = metadata.metadata().map_err(fail)?.len().min(MAX_DEVICE_TABLE);
+    let mut front = vec![0; to_usize(length)];
+    metadata.read_exact_at(&mut front, 0).map_err(fail)?;
     let store = Store::open(store)?;
-    let packs = store.sealed_packs(&bytes)?;
-    let proof = Proof::of(&key.digest, &key.file, &bytes, &packs)
+    let packs = store.sealed_packs(&front)?;
+    let proof = Proof::of(&key.digest, &key.file, &metadata, &packs)
         .map_err(|e| Error::failed("cannot inspect a pack").because(e))?;
     let file = erofs::open_file(image, &packs, KERNEL_IMAGE_FILE)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let is_valid = |at: &u64| valid.is_zero() || now.saturating_sub(*at) < valid.as_secs();
+    // The clock may have been set back.
+    let is_valid = |at: &u64| *at <= now && (valid.is_zero() || now - at < valid.as_secs().max(1));
     let verified_at = store.verified_at(&key.digest, &key.file, proof).filter(is_valid);
     Ok(Opened { file, proof, verified_at })
 }

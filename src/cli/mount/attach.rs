@@ -37,7 +37,7 @@ pub struct MountArgs {
     /// Way to serve files: auto, kernel, passthrough or decode
     #[arg(long, value_name = "HOW", value_parser = value_parsers::word::<ServeMode>)]
     serve: Option<ServeMode>,
-    /// Directory for passthrough backings [default: the store's directory]
+    /// Directory for backings, or for the metadata of kernel decode [default: the store's directory]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
     /// Maximum size of all passthrough backings [default: half of the free space]

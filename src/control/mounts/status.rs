@@ -111,7 +111,7 @@ pub struct TemplateStatus {
     pub digest: Digest,
     /// How the next open of its largest file is served.
     pub serving: Served,
-    /// Why its largest file is served by decode; `None` if it is, or will be from the first open on.
+    /// Why its largest file is served by decode; `None` if the file has a backing, or gets one at the first open.
     pub why: Option<String>,
     /// Number of processes that map the template; `None` if unknown. 0 from the supervisor; the command line counts.
     pub clones: Option<u64>,
@@ -151,8 +151,7 @@ pub struct Residency {
     pub file: String,
     /// Bytes of the backing that are in the page cache.
     pub resident_bytes: Bytes,
-    /// Length of the metadata for kernel decode. The verification of the backing has read all of it into the page
-    /// cache.
+    /// Length of the metadata for kernel decode, which was written through the page cache and counts in full.
     pub metadata_bytes: Bytes,
 }
 
@@ -238,7 +237,7 @@ fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<Templ
                 serving: Served::of(serving, snapshot.chosen.kind),
                 why,
                 hydrated_bytes: Bytes::new(backing.map_or(0, |b| b.filled)),
-                hydrated: has_backing,
+                hydrated: has_backing && backing.is_some_and(|b| b.why.is_none()),
             }
         })
         .collect();

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::path::StorePath;
 use crate::error::{Error, Result};
+use crate::sanitize::path_text;
 use crate::store::Store;
 use crate::sys::files::immutable;
 
@@ -24,24 +25,28 @@ pub(in crate::store) fn open_sealed(path: &StorePath) -> Result<File> {
     })?;
     let failed = |e: rustix::io::Errno| {
         Error::io("cannot seal a pack (make its file immutable)", path, e.into())
-            .hint("use a store on ext4 or xfs, or mount with another value of --serve")
+            .hint("run as root, with a store on ext4; or mount with another value of --serve")
     };
     let directory = path.parent();
     let owner = directory.metadata().map_err(|e| directory.error("cannot inspect the directory", e))?.st_uid;
+    let was_sealed = immutable::is_set(&file);
     immutable::set(&file).map_err(failed)?;
     // Names and owner of an immutable file do not change any more.
     let pack = rustix::fs::fstat(&file).map_err(failed)?;
-    let why = match (pack.st_nlink, pack.st_uid == owner) {
+    let (why, hint) = match (pack.st_nlink, pack.st_uid == owner) {
         (1, true) => return Ok(file),
         (0, _) => return Err(gone(path)),
-        (1, false) => "the pack has another owner than its directory",
-        (_, _) => "the pack has a second name (a hard link)",
+        (1, false) => (
+            "the pack has another owner than its directory",
+            "run 'stencil store unseal DIR' while the store is not mounted, then chown -R",
+        ),
+        (_, _) => ("the pack has a second name (a hard link)", "remove the other name (find -samefile)"),
     };
     // The owner of the store could otherwise make any file immutable that has a hard link in the store.
-    immutable::clear(&file).map_err(failed)?;
-    Err(Error::failed(format!("{why}, so it is not sealed"))
-        .at(path)
-        .hint("remove the other name (find -samefile), or give the whole store to one owner (chown -R)"))
+    if !was_sealed {
+        immutable::clear(&file).map_err(failed)?;
+    }
+    Err(Error::failed(format!("{why}, so it is not sealed")).at(path).hint(hint))
 }
 
 fn gone(path: &StorePath) -> Error {
@@ -55,18 +60,18 @@ fn gone(path: &StorePath) -> Error {
 /// Returns an error if the pack cannot be opened or removed, or if it is sealed and this process lacks
 /// `CAP_LINUX_IMMUTABLE`.
 pub(in crate::store) fn remove_pack(path: &StorePath) -> Result<()> {
-    let sealed = unseal(path)?;
+    let mut sealed = unseal(path)?;
     let mut removed = path.remove_file();
     // A mount may have sealed the pack again meanwhile.
     for _ in 0..REMOVE_ATTEMPTS {
         if !removed.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied) {
             break;
         }
-        unseal(path)?;
+        sealed = unseal(path)?.or(sealed);
         removed = path.remove_file();
     }
-    if let Some(file) = sealed {
-        immutable::set(&file).map_err(|e| Error::io("cannot seal a pack again", path, e.into()))?;
+    if let Some(Err(e)) = sealed.map(immutable::set) {
+        log::warn!("cannot seal {} again, which a mount may still decode: {e}", path_text(path.as_ref()));
     }
     removed.map_err(|e| path.error("cannot remove pack", e))
 }
@@ -74,6 +79,10 @@ pub(in crate::store) fn remove_pack(path: &StorePath) -> Result<()> {
 /// Makes a sealed pack changeable. Returns its file, or `None` if the pack was not sealed.
 fn unseal(path: &StorePath) -> Result<Option<File>> {
     let file = path.file().map_err(|e| path.error("cannot open pack", e))?;
+    // A hard link may name a file that is not of the store.
+    if rustix::fs::fstat(&file).is_ok_and(|stat| stat.st_nlink > 1) {
+        return Ok(None);
+    }
     let was_sealed = immutable::clear(&file).map_err(|e| {
         Error::io("cannot unseal a pack", path, e.into())
             .hint("run the command as root: a mount with kernel decode has made the packs immutable")
@@ -89,13 +98,15 @@ impl Store {
         packs.iter().filter(is_sealed).count() as u64
     }
 
-    /// Makes all sealed packs changeable. Returns their number. The caller has made sure that no mount serves the store.
+    /// Makes all sealed packs changeable. Returns their number. `check` must fail if a mount serves the
+    /// store.
     ///
     /// # Errors
     /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a writer does not finish in time. Returns an error if
     /// the packs cannot be listed or opened, if this process lacks `CAP_LINUX_IMMUTABLE`, or if `interrupt` becomes true.
-    pub fn unseal(&self, interrupt: &AtomicBool) -> Result<u64> {
+    pub fn unseal(&self, interrupt: &AtomicBool, check: impl Fn() -> Result<()>) -> Result<u64> {
         let _lock = self.lock_content_alone(interrupt)?;
+        check()?;
         self.pack_files()?.iter().try_fold(0, |count, path| Ok(count + u64::from(unseal(path)?.is_some())))
     }
 
@@ -104,12 +115,14 @@ impl Store {
     ///
     /// # Errors
     /// Same as [`Store::unseal`]. Returns an error if a file cannot be removed.
-    pub fn destroy(&self, interrupt: &AtomicBool) -> Result<()> {
+    pub fn destroy(&self, interrupt: &AtomicBool, check: impl Fn() -> Result<()>) -> Result<()> {
         let _lock = self.lock_content_alone(interrupt)?;
+        check()?;
+        let packs = self.pack_files()?;
+        // Fails before anything is removed if this process may not do it.
+        packs.iter().try_for_each(|path| unseal(path).map(drop))?;
         self.remove_templates()?;
-        for path in self.pack_files()? {
-            remove_pack(&path)?;
-        }
+        packs.iter().try_for_each(remove_pack)?;
         self.remove_rest()
     }
 }

@@ -1,11 +1,11 @@
 //! Files of templates that were verified for kernel decode, remembered across mounts and restarts of the host.
 //!
-//! The proof of a verification names everything that it depends on: the metadata, the sealed packs, the kernel. It is an
-//! extended attribute of the image's directory, in the namespace `trusted`, which only root can write: the store may
+//! The proof of a verification binds everything that the verification depends on: template, file name, metadata, sealed
+//! packs, kernel and host. The proof is an extended attribute of the image's directory, in the namespace `trusted`, which only root can write: the store may
 //! belong to another user.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
 use rustix::io::Errno;
@@ -20,6 +20,9 @@ const LENGTH: usize = 32;
 /// Length of the attribute: the proof, and the time of the verification.
 const VALUE: usize = LENGTH + 8;
 
+/// Bytes of an image that are read at once.
+const CHUNK: usize = 1 << 20;
+
 /// Proof that a file was verified: a hash of all that the verification depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proof([u8; LENGTH]);
@@ -30,7 +33,7 @@ impl Proof {
     ///
     /// # Errors
     /// Returns an error if a pack cannot be inspected.
-    pub fn of(digest: &Digest, file: &str, image: &[u8], packs: &[File]) -> std::io::Result<Proof> {
+    pub fn of(digest: &Digest, file: &str, image: &File, packs: &[File]) -> std::io::Result<Proof> {
         let mut hasher = blake3::Hasher::new();
         let kernel = rustix::system::uname();
         let host = probe::setting("/etc/machine-id").unwrap_or_default();
@@ -40,7 +43,13 @@ impl Proof {
             hasher.update(&(text.len() as u64).to_le_bytes()).update(text);
         }
         hasher.update(digest.bytes());
-        hasher.update(&(image.len() as u64).to_le_bytes()).update(image);
+        let mut chunk = vec![0; CHUNK];
+        let mut at = 0;
+        while let length @ 1.. = image.read_at(&mut chunk, at)? {
+            hasher.update(&chunk[..length]);
+            at += length as u64;
+        }
+        hasher.update(&at.to_le_bytes());
         for pack in packs {
             let stat = pack.metadata()?;
             let changed = [stat.ctime(), stat.ctime_nsec()].map(i64::cast_unsigned);
@@ -85,7 +94,7 @@ impl Store {
         let path = self.image_dir(digest);
         let directory = path.folder().map_err(|e| path.error("cannot open template", e))?;
         match fremovexattr(directory, attribute(file)) {
-            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => Ok(()),
             Err(e) => Err(Error::io("cannot forget that a file was verified", &path, e.into())
                 .hint("run 'stencil store unseal' when the store is not mounted: the next mount then verifies again")),
         }

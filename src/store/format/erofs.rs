@@ -61,7 +61,7 @@ const CODEC_SHIFT: u32 = 28;
 pub struct Device {
     /// The pack.
     pub pack: PackId,
-    /// Length of the pack in bytes. The kernel cannot read a page at its end that is not complete.
+    /// Length of the pack in bytes. The kernel cannot read an incomplete last page.
     pub length: u64,
 }
 

@@ -43,7 +43,7 @@ impl PackHeader {
     }
 
     /// Returns the length of the whole file in bytes: zeros after the index fill the last page, because the kernel
-    /// cannot read a page at the end of a pack that is not complete.
+    /// cannot read an incomplete last page.
     pub fn file_length(&self) -> u64 {
         self.index_end().next_multiple_of(PAGE_SIZE)
     }

@@ -1,4 +1,4 @@
-//! EROFS mounts that no path leads to: the kernel reads and decompresses a file out of others, without a copy.
+//! EROFS mounts without a path: the kernel decompresses a file out of other files.
 //!
 //! The metadata and the data are regular files (file-backed mounts, Linux 6.12). The mount lasts as long as a file of it
 //! is open, or registered as a FUSE backing.
@@ -33,7 +33,7 @@ pub fn open_file(metadata: impl AsFd, devices: &[impl AsFd], name: &str) -> Resu
         for device in devices {
             fsconfig_set_string(&context, "device", path(device))?;
         }
-        // Neither the pages of the devices are cached nor, in EROFS, compressed data.
+        // The kernel caches neither pages of the devices nor compressed data.
         fsconfig_set_flag(&context, "directio")?;
         fsconfig_set_string(&context, "cache_strategy", "disabled")?;
         fsconfig_set_flag(&context, "ro")?;

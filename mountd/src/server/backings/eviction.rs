@@ -3,10 +3,11 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use stencilfs::error::Result;
+use stencilfs::error::{Error, Result};
 use stencilfs::store::Store;
 
-use super::{Backings, State};
+use super::hydrate::Prepared;
+use super::{Backings, Job, State};
 use crate::protocol::stats::Counter;
 use crate::protocol::{FileKey, MAX_KEYS};
 use crate::server::pending::PendingOpen;
@@ -65,6 +66,11 @@ impl Backings {
     /// piece. Drops the states of removed templates.
     pub fn stop_condemned(&self) {
         let condemned = self.hydrator.condemned();
+        let is_condemned = |(job, ..): &mut (Job, Prepared, Instant)| condemned.holds(&job.key.digest);
+        let queued: Vec<_> = self.verifications().extract_if(.., is_condemned).collect();
+        for (job, _, start) in queued {
+            self.finish(&job, Err(Error::not_found("the template is condemned")), start);
+        }
         let until = Instant::now() + STOP_TIMEOUT;
         loop {
             let mut refused = Vec::new();

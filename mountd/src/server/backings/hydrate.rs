@@ -34,6 +34,9 @@ const MAX_THREADS: usize = 16;
 /// Interval of progress reports to the supervisor, in bytes.
 const PROGRESS_INTERVAL: u64 = 64 << 20;
 
+/// The hint for a block that the store has intact, but not the backing.
+const INTACT: &str = "the records in the store are intact: mount again; if the error occurs again, use another value of --serve";
+
 /// A registered backing.
 #[derive(Debug)]
 pub struct Ready {
@@ -43,8 +46,8 @@ pub struct Ready {
     pub verified_at: u64,
     /// The file. The kernel has a reference too; the descriptor is for a supervisor that takes over, and for the scrub.
     pub file: File,
-    /// The packs of the template when the backing was made; empty if an earlier server has made it.
-    pub packs: Vec<StorePath>,
+    /// The packs of the template when the backing was made; `None` if an earlier server has made it.
+    pub packs: Option<Vec<StorePath>>,
 }
 
 /// The file of a backing before its verification.
@@ -59,7 +62,7 @@ pub enum Prepared {
         /// When it was verified before, if nothing has changed since.
         verified_at: Option<u64>,
         /// The packs of the template.
-        packs: Vec<StorePath>,
+        packs: Option<Vec<StorePath>>,
     },
 }
 
@@ -125,7 +128,7 @@ impl Hydrator {
         evict: impl Fn(Vec<FileKey>) -> Result<()>,
     ) -> Result<Prepared> {
         self.expect_not_condemned(template)?;
-        let packs = template.packs();
+        let packs = Some(template.packs());
         let (image, length, bytes) = match self.kind {
             BackingKind::Copy => {
                 let size = template.files().get(file).map_or(Bytes::ZERO, |f| f.size);
@@ -292,11 +295,7 @@ impl Hydrator {
         // A hash covers a whole block, with zeros beyond the end of the file.
         buffer[length..].fill(0);
         if let Err(e) = backing.read_exact_at(&mut buffer[..length], piece.start) {
-            // The kernel has found a record that cannot be decoded: the error must name it.
-            let blocks = piece.start / BLOCK_SIZE..piece.end.div_ceil(BLOCK_SIZE);
-            return Err(self
-                .find_damage(template, file, blocks)
-                .unwrap_or_else(|| Error::failed("cannot read the backing to verify it").because(e)));
+            return Err(self.unreadable(template, file, backing, piece, e));
         }
         for (i, part) in buffer.chunks(to_usize(BLOCK_SIZE)).enumerate() {
             let block = piece.start / BLOCK_SIZE + i as u64;
@@ -317,11 +316,49 @@ impl Hydrator {
         Ok(())
     }
 
-    /// Returns the error of the first of these blocks that cannot be read from the store, with kernel decode.
+    /// Returns the error for a piece that cannot be read. Either a record cannot be decoded, which a read by decode names,
+    /// or the disk has failed.
+    fn unreadable(
+        &self,
+        template: &Template,
+        file: usize,
+        backing: &File,
+        piece: &Range<u64>,
+        error: std::io::Error,
+    ) -> Error {
+        let failed = Error::failed("cannot read the backing to verify it");
+        if self.kind == BackingKind::Copy {
+            return failed.because(error);
+        }
+        let blocks = piece.start / BLOCK_SIZE..piece.end.div_ceil(BLOCK_SIZE);
+        if let Some(damage) = self.find_damage(template, file, blocks.clone()) {
+            return damage;
+        }
+        // The records that the store has now are intact: the backing decodes others, or the kernel has a bug.
+        let mut block = vec![0; to_usize(BLOCK_SIZE)];
+        let cannot_decode = |number: &u64| {
+            let start = number * BLOCK_SIZE;
+            let length = to_usize((piece.end - start).min(BLOCK_SIZE));
+            backing.read_exact_at(&mut block[..length], start).is_err()
+        };
+        match blocks.into_iter().find(cannot_decode) {
+            Some(number) => {
+                let offset = number * BLOCK_SIZE;
+                Error::damage(format!("the kernel cannot decode the block at offset {offset}: {error}"))
+                    .hint(INTACT)
+            }
+            None => failed.because(error),
+        }
+    }
+
+    /// Returns the damage of the first of these blocks that is damaged in the store.
     fn find_damage(&self, template: &Template, file: usize, blocks: Range<u64>) -> Option<Error> {
         let mut plain = vec![0; to_usize(BLOCK_SIZE)];
-        let mut read = |block| template.read_block(file, block, &mut Scratch::default(), &mut plain).err();
-        (self.kind == BackingKind::Kernel).then(|| blocks.into_iter().find_map(&mut read)).flatten()
+        let mut damage = |block| {
+            let read = template.read_block(file, block, &mut Scratch::default(), &mut plain);
+            read.err().filter(|error| error.code() == Code::Damage)
+        };
+        blocks.into_iter().find_map(&mut damage)
     }
 
     /// Returns the error for a block of a backing that differs from its hash. For kernel decode the cause is the store:
@@ -333,8 +370,10 @@ impl Hydrator {
                 Error::damage(format!("the backing differs from the data written to it, at offset {offset}"))
             }
             BackingKind::Kernel => self.find_damage(template, file, block..block + 1).unwrap_or_else(|| {
-                Error::damage(format!("the kernel decodes other bytes than those imported at offset {offset}"))
-                    .hint("the records that the store has now are intact: mount again, with another value of --serve if this is repeated")
+                Error::damage(format!(
+                    "the kernel decodes other bytes than those imported at offset {offset}"
+                ))
+                .hint(INTACT)
             }),
         }
     }

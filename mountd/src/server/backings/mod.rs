@@ -4,7 +4,7 @@
 //! that finds no backing in time is answered with ESTALE: the kernel then repeats the lookup, gets the decode number
 //! and opens that. The process that opens the file sees no error.
 //!
-//! With kernel decode, an open waits only until it is known that the file was not verified before: the file is then
+//! With kernel decode, an open waits until the server knows whether the file was verified before. A file that was not is
 //! served by decode until its blocks are verified.
 
 mod background;
@@ -90,9 +90,13 @@ pub struct Backings {
     states: Mutex<HashMap<FileKey, State>>,
     jobs: Mutex<mpsc::Sender<Job>>,
     /// Backings for kernel decode that wait for their verification, with the time when their hydration began.
-    verifications: Mutex<mpsc::Sender<(Job, Prepared, Instant)>>,
+    verifications: Mutex<Vec<(Job, Prepared, Instant)>>,
+    /// Signals a new element of `verifications`.
+    to_verify: Condvar,
     /// Held by the thread that makes backings in the background.
     background: Mutex<()>,
+    /// True if the background has to look for templates again.
+    again: AtomicBool,
     deadlines: Condvar,
     /// True after an open found all parking slots taken, until the next hydration ends.
     crowded: AtomicBool,
@@ -119,7 +123,6 @@ impl Backings {
         };
         let states = earlier.into_iter().map(state).collect();
         let (sender, receiver) = mpsc::channel::<Job>();
-        let (verify, to_verify) = mpsc::channel();
         let ours = Arc::new(Backings {
             mode,
             timeout,
@@ -127,8 +130,10 @@ impl Backings {
             hydrator,
             states: Mutex::new(states),
             jobs: Mutex::new(sender),
-            verifications: Mutex::new(verify),
+            verifications: Mutex::default(),
+            to_verify: Condvar::new(),
             background: Mutex::default(),
+            again: AtomicBool::new(false),
             deadlines: Condvar::new(),
             crowded: AtomicBool::new(false),
             stats,
@@ -145,9 +150,7 @@ impl Backings {
             });
         }
         let verifier = Arc::clone(&ours);
-        thread::spawn(move || {
-            to_verify.into_iter().for_each(|(job, prepared, start)| verifier.register(&job, prepared, start));
-        });
+        thread::spawn(move || verifier.verify_all());
         let clock = Arc::clone(&ours);
         thread::spawn(move || clock.watch_deadlines());
         ours
@@ -266,11 +269,24 @@ impl Backings {
             Ok(prepared @ Prepared::Frozen { verified_at: None, .. }) if self.mode == ServeMode::Kernel => {
                 self.serve_by_decode(&job.key);
                 // In another thread: opens of files that were verified before must not wait for the verification.
-                let verifications = self.verifications.lock().unwrap_or_else(PoisonError::into_inner);
-                let _ = verifications.send((job, prepared, start));
+                self.verifications().push((job, prepared, start));
+                self.to_verify.notify_one();
             }
             Ok(prepared) => self.register(&job, prepared, start),
             Err(error) => self.finish(&job, Err(error), start),
+        }
+    }
+
+    fn verifications(&self) -> MutexGuard<'_, Vec<(Job, Prepared, Instant)>> {
+        self.verifications.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Verifies and registers the backings of the queue, one after the other, for ever.
+    fn verify_all(&self) {
+        loop {
+            let next = self.to_verify.wait_while(self.verifications(), |all| all.is_empty());
+            let (job, prepared, start) = next.unwrap_or_else(PoisonError::into_inner).remove(0);
+            self.register(&job, prepared, start);
         }
     }
 

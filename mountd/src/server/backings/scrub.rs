@@ -18,10 +18,10 @@ use super::{Backings, RETRY_INTERVAL, State};
 use crate::protocol::{FileKey, ServerRequest};
 use crate::server::tree::Tree;
 
-/// Longest interval for looking which files are due.
+/// Longest pause between two checks for due files.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Shortest interval.
+/// Shortest interval of the scrub.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Length of the pause after each piece, relative to the time that the piece took: other readers of the disk come first.
@@ -71,7 +71,11 @@ impl Backings {
             }
             Err(error) if error.code() == Code::Damage => Some(error.to_string()),
             Err(error) => {
-                log::info!("cannot verify template {} file {} again: {error}", key.digest, key.file);
+                log::warn!(
+                    "cannot verify template {} file {} again, retrying in {RETRY_INTERVAL:?}: {error}",
+                    key.digest,
+                    key.file
+                );
                 return thread::sleep(RETRY_INTERVAL);
             }
         };
@@ -83,7 +87,9 @@ impl Backings {
                 states.insert(key.clone(), State::Decode { since: Instant::now(), retry: false });
                 // Other files may share the damaged record.
                 for state in states.values_mut() {
-                    if let State::Ready(ready) = state {
+                    if let State::Ready(ready) = state
+                        && ready.verified_at < at
+                    {
                         ready.verified_at = 0;
                     }
                 }

@@ -57,7 +57,9 @@ impl ServingPolicy for Backings {
         match self.mode {
             // A later lookup may return the passthrough number.
             ServeMode::Auto | ServeMode::Kernel
-                if self.possible && self.serving(template, file) == Serving::Decode =>
+                if self.possible
+                    && self.may_have_backing(template, file)
+                    && self.serving(template, file) == Serving::Decode =>
             {
                 NameLifetime::Zero
             }

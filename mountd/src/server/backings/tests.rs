@@ -186,7 +186,7 @@ fn a_backing_that_another_server_has_registered_is_used() {
     assert_eq!(reply(&world.open(world.memory_ino())), Ok(Opened::Backing(77)));
     let file = stencilfs::sys::memory::memfd::create("ready", stencilfs::units::Bytes::new(1)).unwrap();
     let mut setup = Setup::new(ServeMode::Auto);
-    let ready = Ready { id: 42, verified_at: 0, file: file.into(), packs: Vec::new() };
+    let ready = Ready { id: 42, verified_at: 0, file: file.into(), packs: None };
     setup.earlier = vec![EarlierBacking { key: world.key(), ready: Some(ready) }];
     let world = world.succeed(setup);
     assert_eq!(reply(&world.open(world.memory_ino())), Ok(Opened::Backing(42)));

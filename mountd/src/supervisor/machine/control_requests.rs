@@ -111,6 +111,7 @@ impl Machine {
     }
 
     fn close_backings_of(&mut self, digests: &[Digest]) {
+        digests.iter().for_each(|digest| self.backings.forget_reasons(digest));
         let keys: Vec<FileKey> = digests.iter().flat_map(|digest| self.backings.keys_of(digest)).collect();
         if !keys.is_empty() {
             self.close_backings(&keys);

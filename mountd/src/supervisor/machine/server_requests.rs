@@ -229,7 +229,9 @@ impl Machine {
         self.request_job(id, Purpose::FindUnused(id, number, keys.clone()), Task::FindUnused(keys))
     }
 
-    /// Enters the result of a scrub. The reply follows when the store remembers the result.
+    /// Enters the result of a scrub. The reply to a report of damage follows when the store has forgotten the
+    /// verification. A scrub without damage does not renew what the store remembers: pages that clones map were not
+    /// read from the disk.
     fn scrubbed(
         &mut self,
         id: ServerId,
@@ -242,16 +244,15 @@ impl Machine {
             // The candidate has read a mount state in which the backing is not damaged.
             return Some(Err(Error::try_again("another server is starting")));
         }
+        let is_damaged = damage.is_some();
         match damage {
             None => self.backings.note_verified(key, Some(at)),
             Some(reason) => self.backings.withdraw(key, &reason),
         }
         self.actions.push(Action::Save);
-        match self.backings.verified(key) {
-            Some(verified) => {
-                self.request_job(id, Purpose::Scrubbed(id, number), Task::Remember(key.clone(), verified))
-            }
-            None => Some(Ok(ServerReply::Done)),
+        match is_damaged {
+            true => self.request_job(id, Purpose::Scrubbed(id, number), Task::Remember(key.clone(), None)),
+            false => Some(Ok(ServerReply::Done)),
         }
     }
 
@@ -274,7 +275,7 @@ impl Machine {
             Ok(backing) => {
                 self.backings.note_registered(key, backing);
                 if let Some(verified) = self.backings.verified(key) {
-                    self.job(Purpose::Remember, Task::Remember(key.clone(), verified));
+                    self.job(Purpose::Remember, Task::Remember(key.clone(), Some(verified)));
                 }
                 self.actions.extend([Action::Save, Action::StoreBackings]);
                 Ok(ServerReply::Registered(backing))

@@ -32,11 +32,12 @@ enum StoreCommand {
     Destroy(DestroyArgs),
 }
 
-/// Make the packs of a store changeable
+/// Unseal the packs of a store: make them changeable
 ///
 /// A mount with `--serve kernel` makes packs immutable (chattr +i), because the kernel decodes them without a comparison
-/// with their hashes. Other programs can then neither remove nor rename them: `rm -r` and `mv` to another file system
-/// fail with EPERM. The next mount with `--serve kernel` seals and verifies again.
+/// with their hashes. Other programs
+/// can then neither remove nor rename them: `rm -r` and `mv` to another file system fail with EPERM. The next mount with
+/// `--serve kernel` seals the packs and verifies the files again.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -118,11 +119,16 @@ fn unused(dir: &Path) -> Result<Store> {
 /// Removes the directory of a store, unless it is a mountpoint.
 fn remove_directory(dir: &Path) -> Result<()> {
     match std::fs::remove_dir(dir) {
-        Err(e) if e.kind() != io::ErrorKind::ResourceBusy => {
-            Err(Error::io("the templates are removed, but not the directory of the store", dir, e)
-                .hint("the directory has files that are not of the store: remove them by hand"))
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+        Err(e) => {
+            let has_others = e.kind() == io::ErrorKind::DirectoryNotEmpty;
+            let error = Error::io("the templates are removed, but not the directory of the store", dir, e);
+            Err(match has_others {
+                true => error.hint("the directory has other files: remove them, then the directory"),
+                false => error,
+            })
         }
-        _ => Ok(()),
     }
 }
 
@@ -135,7 +141,7 @@ pub fn run(args: &StoreArgs) -> Result<Done> {
     match &args.command {
         StoreCommand::Unseal(args) => {
             let store = unused(&args.dir)?;
-            let unsealed_packs = store.unseal(&interrupt)?;
+            let unsealed_packs = store.unseal(&interrupt, || unused(&args.dir).map(drop))?;
             Ok(Done::report(Unsealed { store: store.dir().to_owned(), unsealed_packs }))
         }
         StoreCommand::Destroy(args) => {
@@ -144,10 +150,8 @@ pub fn run(args: &StoreArgs) -> Result<Done> {
             if !args.yes {
                 let what = counted(removed_templates, "template", "templates");
                 confirm(&format!("remove {} with {what}?", sanitize::path_text(&dir)))?;
-                // The store may have been mounted while the question was open.
-                unused(&args.dir)?;
             }
-            store.destroy(&interrupt)?;
+            store.destroy(&interrupt, || unused(&args.dir).map(drop))?;
             remove_directory(&dir)?;
             Ok(Done::report(Destroyed { store: dir, removed_templates }))
         }

@@ -1,5 +1,4 @@
-//! Measures how much of each backing is in the page cache, through the processes that have the backings
-//! open.
+//! Measures how much of each backing is in the page cache, through the processes that have the backings open.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -26,8 +25,8 @@ const ATTEMPTS: u32 = 20;
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Mount {
-    /// Returns how many bytes of each backing are in the page cache. Only the supervisor and the server
-    /// have the backings open.
+    /// Returns how many bytes of each backing are in the page cache. Only the supervisor and the server have the
+    /// backings open.
     ///
     /// # Errors
     /// Returns [`Code::TryAgain`] if the list of backings cannot be read or keeps changing, and an error if the

@@ -98,8 +98,7 @@ impl Store {
         packs.iter().filter(is_sealed).count() as u64
     }
 
-    /// Makes all sealed packs changeable. Returns their number. `check` must fail if a mount serves the
-    /// store.
+    /// Makes all sealed packs changeable. Returns their number. `check` must fail if a mount serves the store.
     ///
     /// # Errors
     /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a writer does not finish in time. Returns an error if
@@ -110,8 +109,8 @@ impl Store {
         self.pack_files()?.iter().try_fold(0, |count, path| Ok(count + u64::from(unseal(path)?.is_some())))
     }
 
-    /// Removes all templates and all other files of the store, except its directory. The caller has made sure that no
-    /// mount serves the store.
+    /// Removes all templates and all other files of the store, except its directory. `check` must fail if a mount serves
+    /// the store.
     ///
     /// # Errors
     /// Same as [`Store::unseal`]. Returns an error if a file cannot be removed.

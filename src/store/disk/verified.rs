@@ -1,8 +1,8 @@
 //! Files of templates that were verified for kernel decode, remembered across mounts and restarts of the host.
 //!
 //! The proof of a verification binds everything that the verification depends on: template, file name, metadata, sealed
-//! packs, kernel and host. The proof is an extended attribute of the image's directory, in the namespace `trusted`, which only root can write: the store may
-//! belong to another user.
+//! packs, kernel and host. The proof is an extended attribute of the image's directory, in the namespace `trusted`,
+//! which only root can write: the store may belong to another user.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -91,7 +91,7 @@ fn backings_are_immutable_even_for_root() {
 }
 
 /// Sum of a field in bytes over all mappings of this path in `/proc/self/smaps`.
-fn smaps(path: &Path, field: &str) -> u64 {
+pub fn smaps(path: &Path, field: &str) -> u64 {
     let text = fs::read_to_string("/proc/self/smaps").unwrap();
     let mut ours = false;
     let mut sum = 0;
@@ -151,6 +151,20 @@ fn first_touch_of_a_backing_maps_huge_pages() {
     });
 }
 
+/// Maps a file like a VMM: privately, writable, at an address where 2 MiB entries are possible.
+pub fn private_mapping(file: &File, length: u64) -> Mapping {
+    let request = Request {
+        length: Bytes::new(length),
+        align: Bytes::new(HUGE_PAGE_SIZE),
+        file: Some((file.as_fd(), FileOffset::new(0))),
+        protection: Protection::ReadWrite,
+        sharing: Sharing::Private,
+        reserve: false,
+        sync: false,
+    };
+    Mapping::new(&request).unwrap()
+}
+
 /// Imports and maps a template of 32 MiB, touches one page per 2 MiB, and returns the number of bytes mapped with huge
 /// pages.
 fn bytes_mapped_with_huge_pages(world: &TestMount) -> u64 {
@@ -158,16 +172,7 @@ fn bytes_mapped_with_huge_pages(world: &TestMount) -> u64 {
     let digest = world.import_bytes(&random(SEED.fetch_add(1, Ordering::Relaxed), 32 << 20), "web:1");
     let path = world.file(&digest, "memory");
     let file = File::open(&path).unwrap();
-    let map = Mapping::new(&Request {
-        length: Bytes::new(32 << 20),
-        align: Bytes::new(HUGE_PAGE_SIZE),
-        file: Some((file.as_fd(), FileOffset::new(0))),
-        protection: Protection::ReadWrite,
-        sharing: Sharing::Private,
-        reserve: false,
-        sync: false,
-    })
-    .unwrap();
+    let map = private_mapping(&file, 32 << 20);
     for offset in (0..32 << 20).step_by(HUGE_PAGE_SIZE as usize) {
         map.load(MemoryOffset::new(offset)).unwrap();
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, statfs, statvfs};
+use rustix::fs::{statfs, statvfs};
 use stencilfs::control::{BackingKind, Cache, Chosen, MountOptions, ServeMode, probe_kernel_decode};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::files::immutable;
@@ -78,11 +78,7 @@ pub fn choose(options: &MountOptions, init: &[u8]) -> Result<Chosen> {
 /// Checks that a directory can hold backings: unnamed files that can be made immutable, on a file system that FUSE
 /// passthrough accepts.
 fn probe(dir: &Path) -> Result<()> {
-    let fail = |what: &str| {
-        let what = what.to_owned();
-        move |e: rustix::io::Errno| Error::io(what, dir, e.into())
-    };
-    let kind = statfs(dir).map_err(fail("cannot inspect the file system"))?.f_type;
+    let kind = statfs(dir).map_err(|e| Error::io("cannot inspect the file system", dir, e.into()))?.f_type;
     if kind == OVERLAYFS_MAGIC {
         return Err(Error::failed(
             "FUSE passthrough rejects overlayfs, because overlayfs is a stacked file system",
@@ -90,18 +86,7 @@ fn probe(dir: &Path) -> Result<()> {
         .at(dir)
         .hint("use --cache-dir with a directory on ext4 or xfs"));
     }
-    let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)
-        .map_err(fail("cannot create an unnamed file (O_TMPFILE)"))?;
-    immutable::set(&file).map_err(fail("cannot make a file immutable"))?;
-    match rustix::io::pwrite(&file, b"x", 0) {
-        Err(_) => Ok(()),
-        // tmpfs, for example, checks the flag only in open(2).
-        Ok(_) => {
-            Err(Error::failed("immutable files stay writable through open descriptors on this file system")
-                .at(dir))
-        }
-    }
+    immutable::unnamed(dir, &[]).map(drop)
 }
 
 /// Returns, and logs, why files are served by decode although kernel decode was requested.

@@ -20,9 +20,9 @@ const MAX_DEVICE_TABLE: u64 = 16 << 20;
 pub struct Opened {
     /// The file, in an EROFS mount.
     pub file: OwnedFd,
-    /// Proof of its verification, if all its blocks are compared with their hashes.
+    /// Proof of the verification of the file.
     pub proof: Proof,
-    /// When they were compared before, in seconds since 1970, if nothing has changed since.
+    /// Time of an earlier verification with the same proof, in seconds since 1970.
     pub verified_at: Option<u64>,
 }
 

@@ -125,7 +125,8 @@ fn runs(id: &str) -> bool {
     })
 }
 
-/// Usual name of the socket of a vsock device, which is no stream of a guest's output.
+/// Usual name of the socket of a vsock device. Unlike the other sockets of a clone, this socket carries no output of the
+/// guest.
 const VSOCK: &str = "vsock.sock";
 
 /// Returns the sockets of serial ports and other devices, without the control socket of the VMM.

@@ -52,7 +52,7 @@ pub struct MountArgs {
     /// What happens to a process that needs a damaged block: eio (only an error), stop or kill [default: eio]
     #[arg(long, value_name = "HOW", value_parser = value_parsers::word::<OnDamage>)]
     on_damage: Option<OnDamage>,
-    /// With kernel decode, seconds after which each block is verified again; 0 for never [default: a week]
+    /// Seconds between two verifications of a file, with kernel decode; 0 for a single one [default: a week]
     #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
     scrub_interval: Option<Duration>,
     /// Bytes that the kernel reads ahead in files served by decode; 0 for none [default: the kernel's, 128K]

@@ -111,7 +111,8 @@ pub struct TemplateStatus {
     pub digest: Digest,
     /// How the next open of its largest file is served.
     pub serving: Served,
-    /// Why its largest file is served by decode; `None` if the file has a backing, or gets one at the first open.
+    /// Reason for serving the largest file by decode; `None` if that file has a backing, or gets a backing at the first
+    /// open.
     pub why: Option<String>,
     /// Number of processes that map the template; `None` if unknown. 0 from the supervisor; the command line counts.
     pub clones: Option<u64>,

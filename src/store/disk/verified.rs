@@ -1,4 +1,4 @@
-//! Files of templates that were verified for kernel decode, remembered across mounts and restarts of the host.
+//! The store's memory of verifications for kernel decode, which lasts across mounts and restarts of the host.
 //!
 //! The proof of a verification binds everything that the verification depends on: template, file name, metadata, sealed
 //! packs, kernel and host. The proof is an extended attribute of the image's directory, in the namespace `trusted`,
@@ -62,7 +62,7 @@ impl Proof {
 }
 
 impl Store {
-    /// Returns when a file of a template was last verified with this proof, in seconds since 1970.
+    /// Returns the time of the last verification of a file with this proof, in seconds since 1970.
     pub fn verified_at(&self, digest: &Digest, file: &str, proof: Proof) -> Option<u64> {
         let mut value = [0; VALUE];
         let directory = self.image_dir(digest).folder().ok()?;
@@ -89,7 +89,7 @@ impl Store {
     /// Forgets that a file of a template was verified.
     ///
     /// # Errors
-    /// Returns an error if the attribute exists and cannot be removed.
+    /// Returns an error if the kernel refuses to remove the attribute.
     pub fn forget_verified(&self, digest: &Digest, file: &str) -> Result<()> {
         let path = self.image_dir(digest);
         let directory = path.folder().map_err(|e| path.error("cannot open template", e))?;

@@ -65,7 +65,7 @@ pub struct Device {
     pub length: u64,
 }
 
-/// Where the kernel finds the bytes of the file from `start` to the start of the next extent.
+/// The bytes of the file from `start` to the start of the next extent, and their record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Offset in the file in bytes.

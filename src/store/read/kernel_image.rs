@@ -145,7 +145,7 @@ fn push_zeros(extents: &mut Vec<Extent>, start: u64) {
     }
 }
 
-/// Where a block with data is stored.
+/// Location of the record of a block with data.
 struct Place {
     start: u64,
     device: usize,

@@ -1,11 +1,11 @@
 //! Memory that the kernel decodes is held once, and counted to the page.
 
-use std::fs::{self, File};
-use std::os::fd::AsFd;
+use std::fs::File;
 
-use stencilfs::sys::memory::mapping::{Advice, Mapping, Protection, Request, Sharing};
-use stencilfs::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset};
+use stencilfs::sys::memory::mapping::Advice;
+use stencilfs::units::MemoryOffset;
 
+use crate::mount::serving::{private_mapping, smaps};
 use crate::support::actor::Actor;
 use crate::support::daemon::drill::drop_caches;
 use crate::support::host;
@@ -22,27 +22,21 @@ fn clones_share_one_copy_in_large_mappings_and_it_is_counted_to_the_page() {
     let digest = world.import_bytes(&bytes, "web:1");
     world.wait_until_verified(&digest);
     let path = world.file(&digest, "memory");
-    drop_caches();
-    let file = File::open(&path).unwrap();
-    let mapping = Mapping::new(&Request {
-        length: Bytes::new(bytes.len() as u64),
-        align: Bytes::new(HUGE_PAGE_SIZE),
-        file: Some((file.as_fd(), FileOffset::new(0))),
-        protection: Protection::ReadWrite,
-        sharing: Sharing::Private,
-        reserve: false,
-        sync: false,
-    })
-    .unwrap();
-    mapping.advise(0..bytes.len() as u64, Advice::HugePage).unwrap();
-    for (page, expected) in bytes.iter().step_by(PAGE).enumerate() {
-        assert_eq!(mapping.load(MemoryOffset::new((page * PAGE) as u64)).unwrap(), *expected);
-    }
-    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
-    let of_mapping = smaps.split_once(&format!("{:x}-", mapping.address())).expect("the mapping").1;
-    let large = of_mapping.lines().find_map(|line| line.strip_prefix("FilePmdMapped:")).unwrap();
-    assert_eq!(large.trim(), format!("{} kB", bytes.len() >> 10));
-    drop(mapping);
+    host::measured(|| {
+        // Without free memory in pieces of 2 MiB the kernel maps smaller ones.
+        host::compact_memory();
+        drop_caches();
+        let file = File::open(&path).unwrap();
+        let mapping = private_mapping(&file, bytes.len() as u64);
+        mapping.advise(0..bytes.len() as u64, Advice::HugePage).unwrap();
+        for (page, expected) in bytes.iter().step_by(PAGE).enumerate() {
+            assert_eq!(mapping.load(MemoryOffset::new((page * PAGE) as u64)).unwrap(), *expected);
+        }
+        match smaps(&path, "FilePmdMapped") {
+            large if large == bytes.len() as u64 => Ok(()),
+            large => Err(format!("only {large} bytes are mapped by 2 MiB entries")),
+        }
+    });
 
     let mut clones = [Actor::start(), Actor::start()];
     for clone in &mut clones {

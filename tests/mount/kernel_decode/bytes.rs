@@ -107,7 +107,7 @@ fn a_verified_template_is_decoded_by_the_kernel_from_the_first_open_of_the_next_
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == mixed(1, 64));
     assert_eq!((world.counter("opens_decode"), world.counter("opens_passthrough")), (0, 1));
 
-    // A pack that was unsealed meanwhile may have been changed.
+    // A pack can change while the store is unsealed, so the next mount verifies all files again.
     world.stencil(&["umount", &mountpoint]).ok();
     world.stencil(&["store", "unseal", world.store_dir().to_str().unwrap()]).ok();
     world.mount(&["--serve", "kernel"]).ok();

@@ -1,9 +1,9 @@
 //! The scrub of kernel decode: the blocks of each file are verified again some time after their verification, because
 //! the kernel does not compare what it decodes.
 //!
-//! The scrub reads the file that the kernel decodes, after dropping the pages that no process maps: so it verifies the
-//! packs of the backing, which a collection may have removed from the store, and the pages that clones map. A file in
-//! which it finds damage is served by decode from then on.
+//! The scrub reads the file that the kernel decodes, after dropping the pages that no process maps. The scrub so verifies
+//! the packs of the backing, which a collection may have removed from the store, and the pages that clones map. A damaged
+//! file is served by decode from then on.
 
 use std::sync::Arc;
 use std::thread;

@@ -1,6 +1,7 @@
 //! Tests of the machine with a model of servers, jobs, the kernel and processes: scenarios, and random sequences of
 //! events.
 
+mod initial;
 mod invariants;
 mod model;
 mod server_model;
@@ -385,8 +386,12 @@ fn a_takeover_keeps_the_current_and_the_leaving_servers() {
     world.hydrate(Key(0)).expect("a backing");
     let state = world.machine.snapshot(model::process(1), false, Counters::new());
     let row = state.server.clone();
-    let initial_state =
-        InitialState { server: row, leaving: vec![model::process(90)], has_served: true, ..model::initial() };
+    let initial_state = InitialState {
+        server: row,
+        leaving: vec![model::process(90)],
+        has_served: true,
+        ..initial::initial()
+    };
     let (machine, leaving, actions) = Machine::new(initial_state, &world.inputs());
     let names: Vec<String> = actions.iter().map(model::name).collect();
     assert_eq!(names, ["Save", "WriteRecord", "Announce"], "no second server");
@@ -394,7 +399,7 @@ fn a_takeover_keeps_the_current_and_the_leaving_servers() {
     assert!(machine.tracks(leaving[0]) && machine.current().is_some_and(|server| server.row.serving));
     let starting = state.server.map(|row| ServerRow { serving: false, ..row });
     let (machine, _, actions) =
-        Machine::new(InitialState { server: starting, ..model::initial() }, &world.inputs());
+        Machine::new(InitialState { server: starting, ..initial::initial() }, &world.inputs());
     assert_eq!(actions.iter().map(model::name).collect::<Vec<_>>(), ["Save", "WriteRecord"]);
     assert!(
         machine.snapshot(model::process(1), true, Counters::new()).server.is_none(),

@@ -6,24 +6,20 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::process::Signal;
-use stencilfs::control::{
-    BackingKind, Cache, Chosen, CondemnedRow, MountOptions, OnDamage, Response, ServeMode,
-};
+use stencilfs::control::{CondemnedRow, Response};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{Digest, Proof};
 use stencilfs::sys::process::{Ended, ProcessId};
-use stencilfs::units::Bytes;
 
 use super::super::*;
+use super::initial::initial;
 use super::server_model::{Key, ServerModel};
 use crate::protocol::{ServerReply, ServerRequest, fds};
 use crate::supervisor::event::{JobResult, Started, Task};
 use crate::supervisor::kernel_decode::Opened;
-use crate::supervisor::program::Program;
 
 pub fn file() -> OwnedFd {
     tempfile::tempfile().unwrap().into()
@@ -37,44 +33,6 @@ pub fn process(pid: u32) -> ProcessId {
 pub fn name(action: &Action) -> String {
     let text = format!("{action:?}");
     text.split(['(', ' ', '{']).next().unwrap_or_default().to_owned()
-}
-
-pub fn initial() -> InitialState {
-    let limit = Bytes::new(2);
-    InitialState {
-        mount: MountFacts {
-            options: MountOptions {
-                store: "/store".into(),
-                mountpoint: "/mnt".into(),
-                serve: ServeMode::Auto,
-                cache_dir: None,
-                cache_size: None,
-                hydrate_timeout: Duration::from_secs(30),
-                watchdog: Duration::from_secs(10),
-                scrub_interval: Duration::ZERO,
-                on_damage: OnDamage::Eio,
-                read_ahead: None,
-                noexec: false,
-                foreground: false,
-            },
-            store_id: String::new(),
-            device: 1,
-            init: Vec::new(),
-            init_reply: None,
-            chosen: Chosen { kind: BackingKind::Copy, cache: Cache::Memory, why: None, most: limit },
-            record: PathBuf::new(),
-            counters_page: (0, 0),
-        },
-        program: Program::new(file()),
-        backings: Backings::default(),
-        server: None,
-        leaving: Vec::new(),
-        removal: Removal::default(),
-        has_served: false,
-        restarts: 0,
-        draining: false,
-        rings: 0,
-    }
 }
 
 /// A job of the model.

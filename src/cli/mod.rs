@@ -77,6 +77,8 @@ enum Command {
     Status(mount::status::StatusArgs),
     Capture(clones::capture::CaptureArgs),
     Clone(clones::clone::CloneArgs),
+    Warm(clones::warm::WarmArgs),
+    WorkingSet(clones::working_set::WorkingSetArgs),
     Ps(clones::ps::PsArgs),
     Logs(clones::logs::LogsArgs),
     #[command(alias = "kill")]
@@ -117,6 +119,8 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Status(args) => mount::status::run(args, global),
         Command::Capture(args) => clones::capture::run(args, global),
         Command::Clone(args) => clones::clone::run(args, global),
+        Command::Warm(args) => clones::warm::run(args, global),
+        Command::WorkingSet(args) => clones::working_set::run(args, global),
         Command::Ps(args) => clones::ps::run(args, global),
         Command::Logs(args) => clones::logs::run(args, global),
         Command::Stop(args) => clones::stop::run(args, global),

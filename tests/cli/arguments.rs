@@ -323,10 +323,11 @@ fn documented_commands_match_the_parser() {
     existing.insert("stencil".to_owned(), global_options);
     assert!(existing.len() >= 29, "only {} commands: {:?}", existing.len(), existing.keys());
 
-    let page =
-        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference/commands.md")).unwrap();
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference");
+    let pages =
+        ["commands.md", "commands-clones.md"].map(|page| fs::read_to_string(reference.join(page)).unwrap());
     let mut documented: BTreeMap<String, Arguments> = BTreeMap::new();
-    for section in page.split("\n### ").skip(1) {
+    for section in pages.iter().flat_map(|page| page.split("\n### ").skip(1)) {
         let (command, text) = section.split_once('\n').unwrap();
         let rows = text.lines().filter(|line| line.starts_with("| `"));
         let cells = rows.map(|row| {

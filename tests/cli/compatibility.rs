@@ -80,10 +80,18 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     call(&["mount"], &[mnt]);
     call(&["path", "web:1"], &[]);
     call(&["args", "web:1", "--vmm", "qemu"], &[]);
-    let launched = call(&["clone", "web:1", "--simulate", "read=50%,write=10%"], &[]);
+    let simulated = ["clone", "web:1", "--simulate", "read=50%,write=10%"];
+    let recording = world.json(&[&simulated[..], &["--record-working-set=0"]].concat());
+    let launched = call(&simulated, &[]);
     let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
     call(&["density"], &[]);
     let audited = world.json(&["density", "--audit"]);
+    call(&["warm", "web:1"], &[]);
+    let pid_recorded = recording["clones"][0]["pid"].to_string();
+    let recorded = world.json(&["working-set", "record", &pid_recorded]);
+    world.json(&["stop", recording["clones"][0]["id"].as_str().unwrap()]);
+    let sets = world.json(&["working-set", "ls", "web:1"]);
+    let removed_set = world.json(&["working-set", "rm", "web:1"]);
     call(&["dirty", "--ranges"], &[&id]);
     // The fields of `ended` exist only for a clone that has ended.
     let pid = launched["clones"][0]["pid"].to_string();
@@ -107,6 +115,10 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     fs::write(&recipe, text.to_string()).unwrap();
     let edited = world.json(&["recipe", "edit", "disk:1", "--from", recipe.to_str().unwrap()]);
     replies.insert("recipe edit", edited);
+    replies.insert("clone --record-working-set", recording);
+    replies.insert("working-set record", recorded);
+    replies.insert("working-set ls", sets);
+    replies.insert("working-set rm", removed_set);
     for (name, holes) in [("vm/full", false), ("vm/diff", true)] {
         let folder = world.dir().join(name);
         fs::create_dir_all(&folder).unwrap();

@@ -90,9 +90,14 @@ fn json_progress_of_every_command_is_as_documented() {
         &["load", "-i", &stream],
         &["clone", "web:1", "-n", "3", "--simulate", "write=1p"],
         &["stop", "--all"],
+        &["warm", "web:1"],
         &["du"],
         &["gc"],
     ] {
+        if args[0] == "stop" {
+            let clone = world.json(&["ps"])["clones"][0]["pid"].to_string();
+            world.stencil(&["working-set", "record", &clone]).ok();
+        }
         let lines = reported(&world, args);
         for line in &lines {
             let fields: Vec<&String> = line.as_object().unwrap().keys().collect();

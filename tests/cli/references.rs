@@ -71,6 +71,9 @@ fn an_unknown_tag_gives_the_existing_tags_as_a_hint() {
         &["recipe", "edit", "web"],
         &["clone", "web", "--simulate", "read=1%,write=1%"],
         &["density", "web"],
+        &["warm", "web"],
+        &["working-set", "ls", "web"],
+        &["working-set", "rm", "web"],
     ];
     assert_eq!(commands.len(), resolving_commands(&stencilfs::cli::Cli::command()));
     for command in [&commands[..], &[&["save", "other:1", "--without", "web", "-o", "out"]]].concat() {

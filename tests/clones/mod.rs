@@ -12,3 +12,4 @@ pub mod recipe_clones;
 pub mod recipe_edit;
 pub mod shared_network;
 pub mod simulated;
+pub mod working_set;

@@ -290,6 +290,9 @@ fn man_pages_and_completions_are_installed_and_valid() {
         "man1/stencil-recipe-edit.1",
         "man1/stencil-store-destroy.1",
         "man1/stencil-store-unseal.1",
+        "man1/stencil-working-set-ls.1",
+        "man1/stencil-working-set-record.1",
+        "man1/stencil-working-set-rm.1",
         "man8/mount.fuse.stencil.8",
         "man8/stencil-mountd.8",
     ];

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stencilfs::clones::vmm_api::{Api, Server};
+use stencilfs::sys::memory::cachestat;
 use stencilfs::sys::memory::pagemap::{Categories, Pagemap, Query};
 
 use crate::support::daemon::drill::{Drill, is_read};
@@ -214,6 +215,42 @@ fn memory_that_is_read_is_mapped_by_large_entries_and_a_write_splits_one() {
         Ok(())
     });
     world.stencil(&["stop", "--all"]).ok();
+}
+
+/// A guest with a recorded working set reads memory: what its successor touches is in memory already.
+#[test]
+fn a_warmed_guest_finds_its_pages_in_memory() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    drop(import_snapshot(&world, &[]));
+    let digest = world.json(&["inspect", "fc:1"])["digest"].as_str().unwrap().to_owned();
+    let record = |clone: &Clone| world.json(&["working-set", "record", &clone.pid.to_string()]);
+    let mut first = launch(&world, 1, &[]).remove(0);
+    for command in ['r', 'a', 'w'] {
+        first.serial.ask(command);
+    }
+    let recorded = record(&first);
+    assert_eq!(recorded["recorded_written_pages"], dirty(&world, first.pid));
+    world.stencil(&["stop", "--all"]).ok();
+    let file = File::open(world.file(&digest, "memory")).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let warm = world.json(&["warm", "fc:1"])["warmed"].clone();
+    assert_eq!(warm["read_pages"], recorded["pages"], "{warm}");
+    let resident = cachestat::cached(&file).unwrap().get();
+    let pages = recorded["pages"].as_u64().unwrap();
+    assert!(pages <= resident && 10 * resident <= 13 * pages, "{resident} of {pages} pages");
+
+    let reads = world.counter("reads");
+    let mut second = launch(&world, 1, &["--no-warm"]).remove(0);
+    for command in ['r', 'a', 'w'] {
+        second.serial.ask(command);
+    }
+    let found = world.json(&["warm", "fc:1", "--dry-run"])["comparison"].clone();
+    let [touched, hits] = ["touched_pages", "hits"].map(|name| found[name].as_u64().unwrap());
+    assert!(10 * hits >= 9 * touched, "{found}");
+    println!("a set of {pages} pages; {found}; READs: {}", world.counter("reads") - reads);
+    // The state file is not part of the set.
+    assert!(world.counter("reads") - reads <= 4, "{} READs", world.counter("reads") - reads);
 }
 
 #[test]

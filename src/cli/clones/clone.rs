@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::cli::clones::working_set::{LaunchSet, Recorded};
 use crate::cli::mount::hydrate;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
@@ -22,6 +23,7 @@ use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry, Kind};
 use crate::clones::stop::stop;
 use crate::clones::vmm::{Vmm, check_launch, paste};
+use crate::clones::working_set::Warmed;
 use crate::error::{Code, Error, Result};
 use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
@@ -97,6 +99,8 @@ pub struct CloneArgs {
     /// Seconds that a clone may take to become ready
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     timeout: u32,
+    #[command(flatten)]
+    working_set: LaunchSet,
     /// Command to run. These placeholders are replaced, and are also in its environment (STENCIL_MEMORY, …):
     ///   {memory} {state} {file:NAME}  path of a file of the template
     ///   {id} {index} {dir}            id of the clone, number within the launch, directory
@@ -114,6 +118,8 @@ struct CloneReport {
     warnings: Vec<String>,
     age: Duration,
     seconds: f64,
+    warmed: Option<Warmed>,
+    recorded: Option<Recorded>,
     ended: bool,
 }
 
@@ -130,7 +136,7 @@ impl Report for CloneReport {
         for failure in &self.failures {
             writeln!(out, "clone {} failed: {}", failure.index, failure.message)?;
         }
-        Ok(())
+        self.recorded.iter().try_for_each(|recorded| recorded.text(out))
     }
 
     fn json(&self) -> Value {
@@ -142,6 +148,8 @@ impl Report for CloneReport {
             "warnings": self.warnings,
             "template_age_seconds": self.age.as_secs(),
             "ready_seconds": self.seconds,
+            "warmed": to_json(&self.warmed),
+            "recorded": to_json(&self.recorded),
         })
     }
 }
@@ -183,6 +191,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     if global.shows_progress() {
         hydrate::show(&target, &*global.progress(), &cancel);
     }
+    let working_set = args.working_set.begin(&store, &target, args.count, &cancel)?;
     let start = Instant::now();
     let launched = launch(&order, &*global.progress())?;
     // From here on, the mappings of the clones protect the template from removal.
@@ -199,6 +208,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         Kind::Simulated | Kind::Command => {}
     }
     warnings.iter().for_each(|warning| crate::print_line!("note: {warning}"));
+    let (warmed, recorded) = working_set.finish(&store, &launched.clones, &cancel)?;
     let failed = !launched.failures.is_empty();
     let mut code = 0;
     let report = |clones, failures, ended| CloneReport {
@@ -209,6 +219,8 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         warnings,
         age,
         seconds,
+        warmed,
+        recorded,
         ended,
     };
     let done = if args.wait {

@@ -9,3 +9,5 @@ pub(super) mod explain;
 pub(super) mod logs;
 pub(super) mod ps;
 pub(super) mod stop;
+pub(super) mod warm;
+pub(super) mod working_set;

@@ -1,4 +1,4 @@
-//! The changeable properties of a template: mode, owner, labels and recipe.
+//! The changeable properties of a template: mode, owner, labels, recipe and working sets.
 
 use std::collections::BTreeMap;
 
@@ -10,6 +10,7 @@ use crate::store::disk::open::{Store, no_template};
 use crate::store::disk::path::StorePath;
 use crate::store::disk::session::replace_file;
 use crate::store::format::Invalid;
+use crate::store::names::working_set::StoredSet;
 use crate::units::Bytes;
 
 /// Default mode of a template's files: readable for all users, not writable.
@@ -35,6 +36,9 @@ pub struct Policy {
     /// Recipe for launching clones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<serde_json::Value>,
+    /// Working sets, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub working_sets: BTreeMap<String, StoredSet>,
     /// Fields of a later version, preserved when the policy is rewritten.
     #[serde(flatten)]
     pub unknown: BTreeMap<String, serde_json::Value>,
@@ -48,8 +52,11 @@ impl Policy {
         let mut out = format!("{HEAD}{}\n", Digest::of(&body)).into_bytes();
         out.extend_from_slice(&body);
         if out.len() as u64 > MAX_LENGTH {
-            return Err(Error::usage(format!("labels and recipe are too large: {} bytes", out.len()))
-                .hint("use fewer or shorter labels: the limit of a policy is 1 MiB"));
+            return Err(Error::usage(format!(
+                "labels, recipe and working sets are too large: {} bytes",
+                out.len()
+            ))
+            .hint("remove labels or working sets: the limit of a policy is 1 MiB"));
         }
         Ok(out)
     }
@@ -125,6 +132,7 @@ mod tests {
             labels: BTreeMap::from([("a".into(), "b".into())]),
             created: 7,
             recipe: Some(serde_json::json!({"argv": ["qemu"]})),
+            working_sets: BTreeMap::from([("boot".into(), StoredSet::default())]),
             unknown: BTreeMap::from([("later".into(), serde_json::json!({"x": [1, null]}))]),
         };
         let bytes = policy.encode().unwrap();

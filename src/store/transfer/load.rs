@@ -353,6 +353,9 @@ fn receive_template(
         // The field may hold data that `--no-recipes` should drop.
         return Err(source.invalid(Invalid::Newer(format!("unsupported field '{field}'")), &what));
     }
+    for set in policy.working_sets.values() {
+        set.decode().map_err(|e| source.invalid(e, &what))?;
+    }
     if policy.mode & !READ_BITS != 0 || policy.uid == u32::MAX || policy.gid == u32::MAX {
         let Policy { mode, uid, gid, .. } = policy;
         return Err(

@@ -242,6 +242,7 @@ pub(in crate::store) fn fresh_policy() -> Policy {
         labels: Default::default(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         recipe: None,
+        working_sets: Default::default(),
         unknown: Default::default(),
     }
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use super::mapping::Mapping;
 use crate::error::{Error, Result};
-use crate::units::{Bytes, FileOffset, PAGE_SIZE, PageCount};
+use crate::units::{Bytes, FileOffset, PAGE_SIZE, PageCount, to_usize};
 
 /// Number of the system call, the same on every architecture. The `libc` crate does not define it.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -66,18 +66,30 @@ pub fn cached_in(file: impl AsFd, offset: FileOffset, length: Bytes) -> Result<P
 /// Returns an error if mincore(2) fails. There is no permission error: for a file that the caller neither owns nor may
 /// write, the kernel reports all pages as resident.
 pub fn in_core(mapping: &Mapping) -> Result<Vec<std::ops::Range<u64>>> {
-    let mut pages = vec![0u8; mapping.len().pages().as_usize()];
-    // SAFETY: the range is a live mapping, and the vector has one byte for each of its pages.
-    let result =
-        unsafe { libc::mincore(mapping.as_ptr().cast(), mapping.len().as_usize(), pages.as_mut_ptr()) };
+    in_core_of(mapping, 0..mapping.len().get())
+}
+
+/// Same as [`in_core`], for a page-aligned part of the mapping, given as byte offsets.
+///
+/// # Errors
+/// Same as [`in_core`], and an error for a part outside of the mapping.
+pub fn in_core_of(mapping: &Mapping, part: std::ops::Range<u64>) -> Result<Vec<std::ops::Range<u64>>> {
+    let failed = |e| Error::failed("cannot read page residency with mincore").because(e);
+    if part.start > part.end || part.end > mapping.len().get() {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    }
+    let length = to_usize(part.end - part.start);
+    let mut pages = vec![0u8; Bytes::new(part.end - part.start).pages().as_usize()];
+    // SAFETY: the range lies in a live mapping, and the vector has one byte for each of its pages.
+    let result = unsafe {
+        libc::mincore(mapping.as_ptr().add(to_usize(part.start)).cast(), length, pages.as_mut_ptr())
+    };
     if result != 0 {
-        return Err(
-            Error::failed("cannot read page residency with mincore").because(io::Error::last_os_error())
-        );
+        return Err(failed(io::Error::last_os_error()));
     }
     let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
     for (index, _) in pages.iter().enumerate().filter(|(_, byte)| **byte & 1 == 1) {
-        let start = index as u64 * PAGE_SIZE;
+        let start = part.start + index as u64 * PAGE_SIZE;
         match ranges.last_mut() {
             Some(last) if last.end == start => last.end += PAGE_SIZE,
             _ => ranges.push(start..start + PAGE_SIZE),

@@ -322,6 +322,20 @@ impl Mapping {
         self.advise(0..self.length as u64, advice)
     }
 
+    /// Reads a part of the mapping, given as byte offsets, and keeps its pages in memory until the mapping is dropped
+    /// (mlock(2)).
+    ///
+    /// # Errors
+    /// Returns `InvalidInput` for a range outside of the mapping, `ENOMEM` beyond `RLIMIT_MEMLOCK`, and `EAGAIN` or
+    /// `ENOMEM` if a page cannot be read.
+    pub fn lock(&self, part: Range<u64>) -> io::Result<()> {
+        let length =
+            part.end.checked_sub(part.start).ok_or_else(|| invalid("range ends before its start"))?;
+        let at = self.inside(MemoryOffset::new(part.start), to_usize(length))?;
+        // SAFETY: the range lies inside this mapping; mlock changes no byte.
+        unsafe { mm::mlock(at as *mut _, to_usize(length)) }.map_err(io::Error::from)
+    }
+
     /// Binds the memory to NUMA nodes (mbind(2) with `MPOL_MF_STRICT`).
     ///
     /// # Errors

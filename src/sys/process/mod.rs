@@ -98,6 +98,16 @@ pub fn own_session(command: &mut Command) -> &mut Command {
     }
 }
 
+/// Gives this process, and all processes that it starts, no transparent huge pages and no 2 MiB entries for files
+/// (`PR_SET_THP_DISABLE`).
+///
+/// # Errors
+/// Returns an error if prctl(2) fails.
+pub fn avoid_huge_pages() -> Result<()> {
+    let failed = |e: rustix::io::Errno| Error::failed("cannot switch huge pages off").because(e.into());
+    rustix::thread::disable_transparent_huge_pages(true).map_err(failed)
+}
+
 /// Kills the command (SIGKILL) when the thread that starts it ends.
 pub fn die_with_starter(command: &mut Command) -> &mut Command {
     let starter = rustix::process::getpid();

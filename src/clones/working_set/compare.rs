@@ -1,0 +1,71 @@
+//! How well a working set fits the clones that run now.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde::Serialize;
+
+use super::record::{joined, look, without};
+use crate::clones::find::{self, Inodes};
+use crate::control::Mount;
+use crate::error::{Code, Result};
+use crate::store::{Digest, WorkingSet};
+use crate::units::PageCount;
+
+/// The pages that the clones of a template use, against the pages of a working set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Comparison {
+    /// Number of clones.
+    pub clones: usize,
+    /// Pages that at least one clone uses.
+    pub touched_pages: PageCount,
+    /// Those of the touched pages that are in the set.
+    pub hits: PageCount,
+    /// Pages of the set that no clone uses.
+    pub waste: PageCount,
+}
+
+/// Compares a working set with the clones of the template; `None` if there are no clones.
+///
+/// # Errors
+/// Returns an error if a process cannot be inspected.
+pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Option<Comparison>> {
+    let inodes = Inodes::of(mounts)?;
+    let mut clones = 0;
+    let mut touched: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
+    for clone in find::search(&inodes)?.complete()? {
+        if clone.maps.iter().all(|map| map.digest != *digest) {
+            continue;
+        }
+        let looks = match look(clone.pid, &inodes) {
+            Err(error) if error.code() == Code::NotFound => None,
+            other => other?,
+        };
+        let Some(looks) = looks else { continue };
+        clones += 1;
+        for (map, pages, _) in looks.into_iter().filter(|(map, ..)| map.digest == *digest) {
+            let all = touched.entry(map.file).or_default();
+            *all = joined(all.drain(..).chain(pages).collect());
+        }
+    }
+    if clones == 0 {
+        return Ok(None);
+    }
+    let count = |ranges: &[Range<u64>]| -> PageCount {
+        ranges.iter().map(|range| PageCount::new(range.end - range.start)).sum()
+    };
+    let (mut touched_pages, mut missed) = (PageCount::ZERO, PageCount::ZERO);
+    for (name, pages) in &touched {
+        let in_set = set.files.get(name).map(|set| set.touched.sorted()).unwrap_or_default();
+        touched_pages += count(pages);
+        missed += count(&without(pages, &in_set));
+    }
+    let nothing = Vec::new();
+    let unused = set
+        .files
+        .iter()
+        .map(|(name, set)| count(&without(&set.touched.sorted(), touched.get(name).unwrap_or(&nothing))));
+    let waste = unused.sum();
+    let hits = PageCount::new(touched_pages.get() - missed.get());
+    Ok(Some(Comparison { clones, touched_pages, hits, waste }))
+}

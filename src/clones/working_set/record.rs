@@ -1,0 +1,186 @@
+//! Recording: which pages of its template a clone has used, in the order of their first use.
+//!
+//! A page counts as used if the page tables of the clone have it. The kernel also maps pages near a fault that are in the
+//! page cache already (fault-around, 64 KiB by default), and 2 MiB at once where it can.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::clones::find::{self, Inodes, TemplateMapping};
+use crate::control::Mount;
+use crate::error::{Code, Error, Result};
+use crate::store::{Digest, TemplateFile, Used};
+use crate::sys::memory::cachestat;
+use crate::sys::memory::mapping::{Advice, Mapping, Request};
+use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
+use crate::units::{Bytes, PAGE_SIZE};
+
+/// Interval between two looks at the page tables. Pages that are first seen in one look are recorded in the order of
+/// the file.
+const INTERVAL: Duration = Duration::from_millis(20);
+
+/// The pages of one file that earlier looks have seen, in ascending order.
+type Seen = Vec<Range<u64>>;
+
+/// Records the pages that a process uses until `duration` has passed, the process has exited or `stop` is set. Looks at
+/// least once. Returns the template that the process maps, and the pages of each of its files.
+///
+/// # Errors
+/// Returns [`Code::NotFound`] if the process maps no template of these mounts, and an error if the process cannot be
+/// inspected.
+pub fn record(
+    pid: u32,
+    mounts: &[Mount],
+    duration: Duration,
+    stop: &AtomicBool,
+) -> Result<(Digest, BTreeMap<String, Used>)> {
+    let inodes = Inodes::of(mounts)?;
+    let end = Instant::now() + duration;
+    let mut digest = None;
+    let mut files: BTreeMap<String, (Seen, Used)> = BTreeMap::new();
+    loop {
+        let found = match look(pid, &inodes) {
+            // The process has exited, or maps no template any more.
+            Err(error) if error.code() == Code::NotFound => None,
+            other => other?,
+        };
+        let Some(maps) = found else { break };
+        for (map, touched, written) in maps {
+            if *digest.get_or_insert(map.digest) != map.digest {
+                continue;
+            }
+            let (seen, used) = files.entry(map.file).or_default();
+            add(seen, &mut used.touched, touched);
+            let mut copied = Vec::new();
+            add(&mut used.written, &mut copied, written);
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() || stop.load(Ordering::Relaxed) {
+            break;
+        }
+        thread::sleep(INTERVAL.min(left));
+    }
+    let digest = digest.ok_or_else(|| {
+        Error::not_found(format!("process {pid} maps no template of a mount on this host"))
+            .hint("run 'stencil ps' to list the clones")
+    })?;
+    Ok((digest, files.into_iter().map(|(name, (_, used))| (name, used)).collect()))
+}
+
+/// Drops the pages of these files that no process maps from the page cache. A page of a large folio of the cache is mapped
+/// together with all others of the folio, so the page tables of a clone would show pages that the clone never used. The
+/// kernel reads dropped pages again in small folios.
+///
+/// # Errors
+/// Returns an error if a file cannot be opened or mapped.
+pub fn drop_unmapped(dir: &Path, files: &[TemplateFile]) -> Result<()> {
+    for file in files.iter().filter(|file| file.kind.is_memory() && file.size > Bytes::ZERO) {
+        let path = dir.join(&file.name);
+        let fail = |e| Error::io("cannot drop the template from the page cache", &path, e);
+        let opened = File::open(&path).map_err(fail)?;
+        let length = Bytes::new(file.size.get().next_multiple_of(PAGE_SIZE));
+        let view = Mapping::new(&Request::view(opened.as_fd(), length)).map_err(fail)?;
+        // Touching a page must not read others.
+        view.advise_all(Advice::Random).map_err(fail)?;
+        for cached in cachestat::in_core(&view)? {
+            // MADV_PAGEOUT drops the pages that this mapping has in its page tables.
+            let dropped = view.advise(cached.clone(), Advice::PopulateRead);
+            dropped.and_then(|()| view.advise(cached, Advice::PageOut)).map_err(fail)?;
+        }
+    }
+    Ok(())
+}
+
+/// A mapping of a template, and its used and copied pages, as pages of the file in ascending order.
+type Look = (TemplateMapping, Vec<Range<u64>>, Vec<Range<u64>>);
+
+/// Reads the page tables of a process; `None` if the process maps no template.
+pub(super) fn look(pid: u32, inodes: &Inodes) -> Result<Option<Vec<Look>>> {
+    let Some(clone) = find::look_at(pid, inodes)? else { return Ok(None) };
+    let pagemap = Pagemap::open(pid)?;
+    if !clone.process().is_alive() {
+        return Ok(None);
+    }
+    let mut looks = Vec::with_capacity(clone.maps.len());
+    for map in clone.maps {
+        let present = Query { all: Categories::FILE | Categories::PRESENT, ..Query::default() };
+        let clean = pagemap.scan(map.range(), &present)?.into_iter().map(|region| region.range);
+        let copied = pagemap.dirty(map.range())?.into_iter().map(|copy| copy.range);
+        let page = |address: u64| (map.offset.get() + address - map.start) / PAGE_SIZE;
+        let pages = |range: Range<u64>| page(range.start)..page(range.end);
+        let written: Vec<_> = joined(copied.map(pages).collect());
+        let touched = joined(clean.map(pages).chain(written.iter().cloned()).collect());
+        looks.push((map, touched, written));
+    }
+    Ok(Some(looks))
+}
+
+/// Sorts ranges and joins those that touch or overlap.
+pub(super) fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// Returns the pages of `ranges` that `others` do not have. Both are in ascending order, without overlaps.
+pub(super) fn without(ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut left = Vec::new();
+    for range in ranges {
+        let mut start = range.start;
+        let first = others.partition_point(|other| other.end <= range.start);
+        for other in others[first..].iter().take_while(|other| other.start < range.end) {
+            if start < other.start {
+                left.push(start..other.start);
+            }
+            start = start.max(other.end);
+        }
+        if start < range.end {
+            left.push(start..range.end);
+        }
+    }
+    left
+}
+
+/// Adds the pages of a look to those that were seen before, and the new ones to the end of `order`.
+fn add(seen: &mut Seen, order: &mut Vec<Range<u64>>, look: Vec<Range<u64>>) {
+    let new = without(&look, seen);
+    if !new.is_empty() {
+        order.extend(new.iter().cloned());
+        *seen = joined(seen.iter().cloned().chain(new).collect());
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "the lists are of ranges")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_recorded_once_in_the_order_of_their_first_use() {
+        let (mut seen, mut order) = (Seen::new(), Vec::new());
+        add(&mut seen, &mut order, vec![10..20, 40..41]);
+        add(&mut seen, &mut order, vec![5..12, 15..25, 40..42]);
+        add(&mut seen, &mut order, vec![5..25]);
+        assert_eq!(order, [10..20, 40..41, 5..10, 20..25, 41..42]);
+        assert_eq!(seen, [5..25, 40..42]);
+    }
+
+    #[test]
+    fn a_difference_keeps_the_parts_between() {
+        assert_eq!(without(&[0..10, 20..30], &[3..5, 8..22, 29..40]), [0..3, 5..8, 22..29]);
+        assert_eq!(without(&[0..10], &[]), [0..10]);
+        assert!(without(&[4..5], &[0..10]).is_empty());
+    }
+}

@@ -101,8 +101,7 @@ pub fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
     };
     let (memory, rom, state) =
         (("memory", FileKind::Ram, 3 << 16), ("rom", FileKind::Rom, 4096), ("state", FileKind::Blob, 0));
-    let stored =
-        |offset, kind, chunk_shift| Stored { offset, length: 65536, kind, chunk_shift, data_pages: 0xffff };
+    let stored = |offset, kind| Stored { offset, length: 65536, kind, data_pages: 0xffff };
     let hash = Digest::of(b"a block");
 
     let front = |packs: u8| Front {
@@ -114,13 +113,13 @@ pub fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         packs: (0..packs).map(|id| PackId([id; 16])).collect(),
     };
     let mut placement = front(2).encode();
-    let raw = Row { pack: 1, stored: stored(256, BlockKind::Raw, 16) };
-    for row in [None, Some(raw), Some(Row { pack: 0, stored: stored(9000, BlockKind::Raw, 12) })] {
+    let raw = Row { pack: 1, stored: stored(256, BlockKind::Raw) };
+    for row in [None, Some(raw), Some(Row { pack: 0, stored: stored(9000, BlockKind::Raw) })] {
         Row::encode(row, &mut placement);
     }
     let mut index = Vec::new();
     for offset in [0, 256, 70_000] {
-        IndexEntry { hash, stored: stored(offset, BlockKind::Raw, 16) }.encode(&mut index);
+        IndexEntry { hash, stored: stored(offset, BlockKind::Raw) }.encode(&mut index);
     }
     let header = PackHeader::new(PackId([7; 16]), 66_000, 3, Digest::of(&index)).encode();
 

@@ -22,7 +22,7 @@ pub use disk::path::StorePath;
 #[cfg(feature = "internals")]
 pub use disk::verified::Proof;
 pub use format::BLOCK_SIZE;
-pub use format::codec::{ChunkSize, Compression};
+pub use format::codec::Compression;
 pub use format::digest::Digest;
 #[cfg(feature = "internals")]
 pub use format::firecracker::FirecrackerState;

@@ -84,7 +84,6 @@ fn invalid_names_and_options_are_usage_errors() {
     );
     refused(&fixture, &["import", good, "a", "--compression", "gzip"], 2, &["lz4, none, zstd"]);
     refused(&fixture, &["import", good, "a", "--compression", "zstd:99"], 2, &["1 to 22"]);
-    refused(&fixture, &["import", good, "a", "--chunk-size", "5000"], 2, &["4k, 8k"]);
     refused(&fixture, &["import", good, "a", "--format", "vmdk"], 2, &["auto, raw or firecracker"]);
     refused(&fixture, &["import", good, "a", "--no-such-option"], 2, &["--no-such-option"]);
     // None of the commands has created a store.

@@ -67,7 +67,7 @@ fn du_totals_equal_the_result_of_coreutils_du() {
     fixture.import("b", &[&common[..], &random(3, 4 * BLOCK)].concat());
     fixture.import("c", &guest_like(4, 3 << 20));
     let three = assert_du_adds_up(&fixture);
-    // Random blocks are stored raw, in sub-chunks or not: a record is at least a block.
+    // Random blocks are stored raw: a record is a block.
     let template = |name: &str| {
         let all = three["templates"].as_array().unwrap();
         all.iter().find(|t| t["tags"][0] == format!("{name}:latest")).unwrap().clone()

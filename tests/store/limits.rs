@@ -87,13 +87,13 @@ fn ten_imports_of_one_image_take_the_space_of_one() {
     for (number, more) in [
         ["--compression", "zstd"],
         ["--compression", "none"],
-        ["--chunk-size", "4k"],
+        ["--compression", "zstd:1"],
         ["--label", "a=b"],
         ["--mode", "0400"],
         ["--owner", "1:1"],
         ["--format", "raw"],
         ["--compression", "lz4"],
-        ["--chunk-size", "32k"],
+        ["--compression", "zstd:9"],
     ]
     .iter()
     .enumerate()

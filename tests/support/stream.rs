@@ -13,9 +13,9 @@ use stencilfs::store::{FileKind, ImportFile, Source};
 
 use crate::support::store::{Fixture, Ran, guest_like, random, read_all, stencil};
 
-/// Imports a template of three files with the given codec and chunk size, and with every field of a policy set. Returns
+/// Imports a template of three files with the given codec, and with every field of a policy set. Returns
 /// its digest.
-pub fn import(fixture: &Fixture, tag: &str, seed: u64, codec: &str, chunk: &str) -> String {
+pub fn import(fixture: &Fixture, tag: &str, seed: u64, codec: &str) -> String {
     let mut request = fixture.request(tag, &guest_like(seed, 3 << 20));
     for (name, kind, length) in [("rom", FileKind::Rom, 64 << 10), ("state", FileKind::Blob, 70_001)] {
         let source =
@@ -23,7 +23,6 @@ pub fn import(fixture: &Fixture, tag: &str, seed: u64, codec: &str, chunk: &str)
         request.files.push(ImportFile { name: name.into(), kind, source });
     }
     request.compression = codec.parse().unwrap();
-    request.chunk_size = chunk.parse().unwrap();
     request.mode = Some(0o440);
     request.owner = "12:13".parse().unwrap();
     request.labels = BTreeMap::from([("made".into(), "by hand".into())]);

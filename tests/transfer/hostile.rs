@@ -78,7 +78,7 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
     let from = Fixture::new();
     let bytes = [&random(1, 3 << 12)[..], &[0; 1 << 16], &guest_like(3, 70 << 10)[..68 << 10]].concat();
     from.import("web:1", &bytes);
-    import(&from, "more", 4, "zstd", "8k");
+    import(&from, "more", 4, "zstd");
     let streams = [save(&from, &["web:1"]), save(&from, &["more", "web:1"])];
     let to = Fixture::new();
     let store = to.store();

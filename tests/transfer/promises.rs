@@ -105,7 +105,7 @@ fn body(path: &Path) -> Value {
 #[test]
 fn unknown_policy_fields_are_kept_but_not_loaded_from_streams() {
     let (from, to) = (Fixture::new(), Fixture::new());
-    let digest = import(&from, "web:1", 1, "lz4", "64k");
+    let digest = import(&from, "web:1", 1, "lz4");
     let path = policy_of(&from, &digest);
     let mut policy = body(&path);
     policy["on_start"] = json!({"run": ["/bin/true"]});
@@ -127,7 +127,7 @@ fn unknown_policy_fields_are_kept_but_not_loaded_from_streams() {
 #[test]
 fn text_from_a_stream_is_sanitized_for_the_terminal() {
     let (from, to) = (Fixture::new(), Fixture::new());
-    let digest = import(&from, "web:1", 1, "lz4", "64k");
+    let digest = import(&from, "web:1", 1, "lz4");
     let evil = "a=\u{1b}[31mred\nmode     0444\r\u{9b}2K\u{202e}x";
     let argv = json!(["-name", evil, "größe"]);
     from.store()

@@ -46,7 +46,7 @@ fn wait_exit(mut child: Child) -> Ran {
 #[test]
 fn load_fails_after_the_stall_timeout() {
     let (from, to) = (Fixture::new(), Fixture::new());
-    let digest = import(&from, "web:1", 1, "lz4", "64k");
+    let digest = import(&from, "web:1", 1, "lz4");
     let stream = save(&from, &["web:1"]);
     let words = ["load", "--json", "--stall-timeout", "1"];
     for part in [0, 20, 2000, stream.len() - 1] {
@@ -137,7 +137,7 @@ fn import_and_load_limit_an_image_to_64_tib() {
 #[test]
 fn load_without_tags_leaves_all_tags_unchanged() {
     let (from, to) = (Fixture::new(), Fixture::new());
-    let digest = import(&from, "web:1", 1, "lz4", "64k");
+    let digest = import(&from, "web:1", 1, "lz4");
     from.run(&["tag", "web:1", "other:x"]).ok();
     save(&from, &["web:1", "other:x"]);
     let stream = from.path("stream");
@@ -164,7 +164,7 @@ fn load_without_tags_leaves_all_tags_unchanged() {
 #[test]
 fn a_failed_publication_reports_the_published_parts() {
     let (from, to) = (Fixture::new(), Fixture::new());
-    let digest = import(&from, "ok:1", 1, "lz4", "64k");
+    let digest = import(&from, "ok:1", 1, "lz4");
     from.run(&["tag", "ok:1", "web:1"]).ok();
     let stream = save(&from, &["ok:1", "web:1"]);
     drop(to.store());

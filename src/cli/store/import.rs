@@ -17,7 +17,7 @@ use crate::clones::counted;
 use crate::control::Lease;
 use crate::error::{Error, Result};
 use crate::store::{
-    Base, ChunkSize, Compression, FileKind, Folder, ImportFile, ImportFormat, ImportRequest, Imported, Owner,
+    Base, Compression, FileKind, Folder, ImportFile, ImportFormat, ImportRequest, Imported, Owner,
     Recognized, Snapshot, Source, Store, TagName, TemplateRef,
 };
 use crate::units::{Bytes, PAGE_SIZE};
@@ -56,9 +56,6 @@ pub struct ImportArgs {
     /// Compression of blocks: lz4, zstd[:LEVEL] or none
     #[arg(long, default_value = "lz4", value_name = "CODEC", value_parser = word::<Compression>)]
     compression: Compression,
-    /// Part of a 64 KiB block that can be decoded separately: 4k, 8k, 16k, 32k or 64k
-    #[arg(long, default_value = "64k", value_name = "SIZE", value_parser = word::<ChunkSize>)]
-    chunk_size: ChunkSize,
     /// Permission bits of the template's files in a mount, in octal
     #[arg(long, value_name = "MODE", value_parser = mode)]
     mode: Option<u32>,
@@ -232,7 +229,6 @@ impl ImportArgs {
         request.labels = self.labels.iter().map(|l| (l.0.clone(), l.1.clone())).collect::<BTreeMap<_, _>>();
         request.format = format;
         request.compression = self.compression;
-        request.chunk_size = self.chunk_size;
         request.mode = self.mode;
         request.owner = self.owner.unwrap_or_default();
         request.stall = Some(self.stall_timeout);

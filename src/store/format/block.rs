@@ -3,7 +3,7 @@
 use super::fields::{Fields, Invalid};
 
 /// Binary logarithm of the block size in bytes.
-pub const BLOCK_SHIFT: u32 = ONE_PIECE as u32;
+pub const BLOCK_SHIFT: u32 = 16;
 
 /// Block size in bytes: the unit of hashing, verification and reading.
 pub const BLOCK_SIZE: u64 = 1 << BLOCK_SHIFT;
@@ -64,36 +64,25 @@ pub struct Stored {
     pub length: u32,
     /// Encoding of the record.
     pub kind: BlockKind,
-    /// Binary logarithm of the sub-chunk size; [`ONE_PIECE`] for a record in one piece.
-    pub chunk_shift: u8,
     /// Bit mask of the sixteen 4 KiB pages that are not zero, lowest bit first. Accounting uses the mask without
     /// decoding the block.
     pub data_pages: u16,
 }
 
-/// Maximum length of a record in bytes: a raw block in sub-chunks of 4 KiB, with their table.
-pub const MAX_RECORD: u32 = (1 << BLOCK_SHIFT) + 16 * CHUNK_ENTRY;
-
-/// Bytes of one sub-chunk in the record's table: stored length and chaining value.
-pub const CHUNK_ENTRY: u32 = 2 + 32;
-
-/// Binary logarithm of the sub-chunk size of a record in one piece: [`BLOCK_SHIFT`].
-pub const ONE_PIECE: u8 = 16;
-
-/// Binary logarithm of the smallest sub-chunk size.
-pub const MIN_CHUNK_SHIFT: u8 = 12;
+/// Maximum length of a record in bytes: a raw block.
+pub const MAX_RECORD: u32 = 1 << BLOCK_SHIFT;
 
 impl Stored {
     pub(super) fn encode(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.offset.to_le_bytes());
         out.extend_from_slice(&self.length.to_le_bytes());
-        out.extend_from_slice(&[self.kind as u8, self.chunk_shift]);
+        out.extend_from_slice(&[self.kind as u8, BLOCK_SHIFT.to_le_bytes()[0]]);
         out.extend_from_slice(&self.data_pages.to_le_bytes());
     }
 
     pub(super) fn decode(fields: &mut Fields<'_>) -> Result<Stored, Invalid> {
         let (offset, length) = (fields.u32()?, fields.u32()?);
-        let [kind, chunk_shift, pages @ ..] = fields.array::<4>()?;
+        let [kind, shift, pages @ ..] = fields.array::<4>()?;
         let kind = BlockKind::decode(kind)?;
         let data_pages = u16::from_le_bytes(pages);
         if data_pages == 0 {
@@ -107,9 +96,11 @@ impl Stored {
                 "invalid record length {length}: expected 1 to {MAX_RECORD} bytes"
             )));
         }
-        if !(MIN_CHUNK_SHIFT..=ONE_PIECE).contains(&chunk_shift) {
-            return Err(Invalid::damage(format!("invalid sub-chunk size 2^{chunk_shift}")));
+        if u32::from(shift) != BLOCK_SHIFT {
+            return Err(Invalid::Newer(format!(
+                "unsupported block size 2^{shift}, expected 2^{BLOCK_SHIFT}"
+            )));
         }
-        Ok(Stored { offset, length, kind, chunk_shift, data_pages })
+        Ok(Stored { offset, length, kind, data_pages })
     }
 }

@@ -1,20 +1,14 @@
 //! Encodes plain blocks as records and decodes records.
-//!
-//! A record in one piece is the raw or compressed block. A record in sub-chunks is a table (the 16-bit stored length of
-//! each sub-chunk, then the BLAKE3 chaining value of each) followed by the sub-chunks. Each sub-chunk can be decoded
-//! and verified alone, because the chaining values merge to the hash of the block. A stored length of 0 stands for a
-//! zero sub-chunk, and the full length for a raw one.
 
 use std::fmt;
 use std::str::FromStr;
 
-use blake3::hazmat::{self, HasherExt, Mode};
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 
 use crate::error::{Error, Result};
-use crate::store::format::{BlockKind, CHUNK_ENTRY, MIN_CHUNK_SHIFT, ONE_PIECE};
+use crate::store::format::BlockKind;
 use crate::store::{BLOCK_SIZE, Digest};
-use crate::units::{Bytes, PAGE_SIZE, to_usize};
+use crate::units::{PAGE_SIZE, to_usize};
 
 const BLOCK: usize = to_usize(BLOCK_SIZE);
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
@@ -63,42 +57,20 @@ impl FromStr for Compression {
     }
 }
 
-/// Size of the separately decodable parts of a stored block: a power of two from 4 KiB to 64 KiB.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ChunkSize(u8);
-
-impl Default for ChunkSize {
-    fn default() -> ChunkSize {
-        ChunkSize(ONE_PIECE)
-    }
-}
-
-impl FromStr for ChunkSize {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<ChunkSize> {
-        let bytes = Bytes::parse(text)?.get();
-        (MIN_CHUNK_SHIFT..=ONE_PIECE).find(|shift| bytes == 1 << shift).map(ChunkSize).ok_or_else(|| {
-            Error::usage(format!("invalid chunk size '{text}'")).hint("use 4k, 8k, 16k, 32k or 64k")
-        })
-    }
-}
-
 /// Encodes plain blocks as records. Reuses its compression tables between blocks.
 pub struct Encoder {
     compression: Compression,
-    shift: u8,
     lz4: CompressTable,
     zstd: Option<zstd::bulk::Compressor<'static>>,
     compressed: Vec<u8>,
 }
 
 impl Encoder {
-    /// Creates an encoder for this compression and chunk size.
+    /// Creates an encoder for this compression.
     ///
     /// # Errors
     /// Returns an error if libzstd cannot allocate its tables.
-    pub fn new(compression: Compression, chunk: ChunkSize) -> Result<Encoder> {
+    pub fn new(compression: Compression) -> Result<Encoder> {
         let zstd = match compression {
             Compression::Zstd(level) => Some(
                 zstd::bulk::Compressor::new(level)
@@ -107,51 +79,21 @@ impl Encoder {
             _ => None,
         };
         let compressed = vec![0; get_maximum_output_size(BLOCK).max(zstd::zstd_safe::compress_bound(BLOCK))];
-        Ok(Encoder { compression, shift: chunk.0, lz4: CompressTable::large(), zstd, compressed })
+        Ok(Encoder { compression, lz4: CompressTable::large(), zstd, compressed })
     }
 
-    /// Appends the record of `block` (64 KiB) to `out` and returns the record's kind and chunk shift.
-    pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> (BlockKind, u8) {
-        if self.shift == ONE_PIECE {
-            return match self.compress(block) {
-                Some(length) => {
-                    out.extend_from_slice(&self.compressed[..length]);
-                    (self.kind(), ONE_PIECE)
-                }
-                None => {
-                    out.extend_from_slice(block);
-                    (BlockKind::Raw, ONE_PIECE)
-                }
-            };
+    /// Appends the record of `block` (64 KiB) to `out` and returns the record's kind.
+    pub fn encode(&mut self, block: &[u8], out: &mut Vec<u8>) -> BlockKind {
+        match self.compress(block) {
+            Some(length) => {
+                out.extend_from_slice(&self.compressed[..length]);
+                self.kind()
+            }
+            None => {
+                out.extend_from_slice(block);
+                BlockKind::Raw
+            }
         }
-        let size = 1usize << self.shift;
-        let chunks = block.len() / size;
-        let table = out.len();
-        out.resize(table + chunks * CHUNK_ENTRY as usize, 0);
-        for (index, chunk) in block.chunks_exact(size).enumerate() {
-            let length = match is_zero(chunk) {
-                true => 0,
-                false => match self.compress(chunk) {
-                    Some(length) => {
-                        out.extend_from_slice(&self.compressed[..length]);
-                        length
-                    }
-                    None => {
-                        out.extend_from_slice(chunk);
-                        size
-                    }
-                },
-            };
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "at most 32 KiB: 64 KiB are one piece, without a table"
-            )]
-            let length = length as u16;
-            let value = chunk_value(chunk, index);
-            out[table + index * 2..][..2].copy_from_slice(&length.to_le_bytes());
-            out[table + chunks * 2 + index * 32..][..32].copy_from_slice(&value);
-        }
-        (self.kind(), self.shift)
     }
 
     fn kind(&self) -> BlockKind {
@@ -172,25 +114,6 @@ impl Encoder {
             }
         };
         (length < plain.len()).then_some(length)
-    }
-}
-
-fn chunk_value(chunk: &[u8], index: usize) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.set_input_offset((index * chunk.len()) as u64).update(chunk).finalize_non_root()
-}
-
-/// Returns the hash of the block from the chaining values of its 2, 4, 8 or 16 sub-chunks.
-fn merge(mut values: Vec<[u8; 32]>) -> Digest {
-    while values.len() > 2 {
-        values = values
-            .chunks_exact(2)
-            .map(|pair| hazmat::merge_subtrees_non_root(&pair[0], &pair[1], Mode::Hash))
-            .collect();
-    }
-    match &values[..] {
-        [left, right] => hazmat::merge_subtrees_root(left, right, Mode::Hash).into(),
-        _ => Digest::new([0; 32]),
     }
 }
 
@@ -217,69 +140,19 @@ impl Decoder {
     /// Returns the mismatch; `out` (64 KiB) then holds zeros.
     pub fn block(
         &mut self,
-        (kind, shift): (BlockKind, u8),
+        kind: BlockKind,
         record: &[u8],
         expected: &Digest,
         out: &mut [u8],
     ) -> std::result::Result<(), Mismatch> {
-        let result = match shift {
-            ONE_PIECE => self.plain(kind, record, out).and_then(|()| match Digest::of(out) {
-                got if got == *expected => Ok(()),
-                got => Err(format!("its content has hash {got}, expected {expected}")),
-            }),
-            shift => self.chunks((kind, shift), record, expected, 0, out),
-        };
+        let result = self.plain(kind, record, out).and_then(|()| match Digest::of(out) {
+            got if got == *expected => Ok(()),
+            got => Err(format!("its content has hash {got}, expected {expected}")),
+        });
         if result.is_err() {
             out.fill(0);
         }
         result
-    }
-
-    /// Decodes and verifies the sub-chunks from `first` on, as many as fill `out`.
-    ///
-    /// # Errors
-    /// Same as [`Decoder::block`].
-    pub fn chunks(
-        &mut self,
-        (kind, shift): (BlockKind, u8),
-        record: &[u8],
-        expected: &Digest,
-        first: usize,
-        out: &mut [u8],
-    ) -> std::result::Result<(), Mismatch> {
-        let size = 1usize << shift;
-        let count = BLOCK / size;
-        let (lengths, rest) =
-            record.split_at_checked(count * 2).ok_or("the record is shorter than its sub-chunk table")?;
-        let (values, mut data) =
-            rest.split_at_checked(count * 32).ok_or("the record is shorter than its sub-chunk table")?;
-        let values: Vec<[u8; 32]> = values.as_chunks::<32>().0.to_vec();
-        let got = merge(values.clone());
-        if got != *expected {
-            return Err(format!("its sub-chunks have hash {got}, expected {expected}"));
-        }
-        let wanted = first..first + out.len() / size;
-        for (index, length) in lengths.as_chunks::<2>().0.iter().enumerate() {
-            let length = usize::from(u16::from_le_bytes(*length));
-            let (stored, tail) = data.split_at_checked(length).ok_or("its sub-chunks are truncated")?;
-            data = tail;
-            if !wanted.contains(&index) {
-                continue;
-            }
-            let plain = &mut out[(index - first) * size..][..size];
-            match length {
-                0 => plain.fill(0),
-                length if length == size => plain.copy_from_slice(stored),
-                _ => self.plain(kind, stored, plain)?,
-            }
-            if chunk_value(plain, index) != values[index] {
-                return Err(format!("the content of sub-chunk {index} does not match the hash in its table"));
-            }
-        }
-        match data.is_empty() {
-            true => Ok(()),
-            false => Err(format!("unexpected bytes after its sub-chunks: {}", data.len())),
-        }
     }
 
     fn plain(&mut self, kind: BlockKind, stored: &[u8], out: &mut [u8]) -> std::result::Result<(), Mismatch> {
@@ -329,32 +202,27 @@ mod tests {
     const ALL: [&str; 4] = ["lz4", "zstd", "zstd:19", "none"];
 
     #[test]
-    fn round_trips_every_codec_and_chunk_size_and_detects_flips() {
-        for (codec, chunk) in ALL.iter().flat_map(|c| ["4k", "16k", "32k", "64k"].map(|s| (*c, s))) {
-            let mut encoder = Encoder::new(codec.parse().unwrap(), chunk.parse().unwrap()).unwrap();
+    fn round_trips_every_codec_and_detects_flips() {
+        for codec in ALL {
+            let mut encoder = Encoder::new(codec.parse().unwrap()).unwrap();
             let mut decoder = Decoder::default();
             for block in blocks() {
                 let (mut record, mut plain) = (Vec::new(), vec![1; BLOCK]);
-                let how = encoder.encode(&block, &mut record);
+                let kind = encoder.encode(&block, &mut record);
                 let hash = Digest::of(&block);
-                decoder.block(how, &record, &hash, &mut plain).unwrap();
-                assert!(plain == block, "{codec} {chunk}");
-                if how.1 < 16 {
-                    let size = 1usize << how.1;
-                    decoder.chunks(how, &record, &hash, 1, &mut plain[..size]).unwrap();
-                    assert!(plain[..size] == block[size..2 * size], "{codec} {chunk}");
-                }
+                decoder.block(kind, &record, &hash, &mut plain).unwrap();
+                assert!(plain == block, "{codec}");
                 for flip in (0..record.len()).step_by(record.len() / 40 + 1) {
                     let mut bad = record.clone();
                     bad[flip] ^= 0x10;
                     // Some codecs have bits without meaning; flipping one must not change the decoded block.
-                    match decoder.block(how, &bad, &hash, &mut plain) {
-                        Ok(()) => assert!(plain == block, "{codec} {chunk} {flip}"),
-                        Err(_) => assert!(is_zero(&plain), "{codec} {chunk} {flip}"),
+                    match decoder.block(kind, &bad, &hash, &mut plain) {
+                        Ok(()) => assert!(plain == block, "{codec} {flip}"),
+                        Err(_) => assert!(is_zero(&plain), "{codec} {flip}"),
                     }
                 }
                 for length in [0, 1, record.len() / 2, record.len() - 1] {
-                    assert!(decoder.block(how, &record[..length], &hash, &mut plain).is_err());
+                    assert!(decoder.block(kind, &record[..length], &hash, &mut plain).is_err());
                 }
             }
         }
@@ -370,12 +238,9 @@ mod tests {
     }
 
     #[test]
-    fn rejects_invalid_compressions_and_chunk_sizes() {
+    fn rejects_invalid_compressions() {
         for bad in ["", "gzip", "zstd:0", "zstd:23", "zstd:x", "lz4:1", "none:2"] {
             assert!(bad.parse::<Compression>().is_err(), "{bad}");
-        }
-        for bad in ["", "2k", "128k", "5000", "0"] {
-            assert!(bad.parse::<ChunkSize>().is_err(), "{bad}");
         }
     }
 }

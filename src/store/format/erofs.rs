@@ -12,7 +12,7 @@
 //!   └─────┴───────────┴───────────────┴───────────────┴───────────────┴────────────────────────────┘
 //! ```
 
-use super::{BlockKind, Invalid, PackId};
+use super::{BLOCK_SIZE, BlockKind, Invalid, PackId};
 use crate::units::{PAGE_SIZE, to_usize};
 
 /// Name of the file in the root directory of the image.
@@ -83,10 +83,8 @@ pub struct Record {
     pub offset: u64,
     /// Length in bytes.
     pub length: u32,
-    /// Codec.
+    /// Codec. The decoded record has the length of a block.
     pub kind: BlockKind,
-    /// Length of the decoded record in bytes.
-    pub decoded: u64,
 }
 
 /// Returns the image of a file with `size` bytes. The extents are in order, and the first starts at 0. Extents beyond the
@@ -219,7 +217,7 @@ impl Image {
                 BlockKind::Lz4 => u32::from(LZ4) + 1,
                 BlockKind::Zstd => u32::from(ZSTD) + 1,
             };
-            let partial = if extent.start + record.decoded > size { PARTIAL } else { 0 };
+            let partial = if extent.start + BLOCK_SIZE > size { PARTIAL } else { 0 };
             let address = addresses.get(record.device).copied().unwrap_or_default() + record.offset;
             self.put(at, &(record.length | codec << CODEC_SHIFT | partial).to_le_bytes());
             self.put(at + 4, &address.to_le_bytes());
@@ -245,7 +243,7 @@ mod tests {
     #[test]
     fn packs_are_read_back_in_order_and_malformed_images_are_refused() {
         let devices = [device(7, 4096), device(9, 1 << 20), device(8, 5)];
-        let record = Record { device: 1, offset: 300, length: 77, kind: BlockKind::Lz4, decoded: 1 << 16 };
+        let record = Record { device: 1, offset: 300, length: 77, kind: BlockKind::Lz4 };
         let extents = [Extent { start: 0, record: Some(record) }, Extent { start: 1 << 16, record: None }];
         let image = encode(1 << 20, &devices, &extents).unwrap();
         assert_eq!(packs(&image).unwrap(), devices.map(|d| d.pack));

@@ -21,7 +21,5 @@ pub mod stream;
 pub mod superblock;
 pub mod template_file;
 
-pub use block::{
-    BLOCK_SHIFT, BLOCK_SIZE, BlockKind, CHUNK_ENTRY, MIN_CHUNK_SHIFT, ONE_PIECE, PackId, Stored,
-};
+pub use block::{BLOCK_SHIFT, BLOCK_SIZE, BlockKind, PackId, Stored};
 pub use fields::{Invalid, Preamble};

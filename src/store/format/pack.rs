@@ -151,8 +151,7 @@ mod tests {
 
     #[test]
     fn round_trips_an_index_entry() {
-        let stored =
-            Stored { offset: 256, length: 17, kind: BlockKind::Lz4, chunk_shift: 16, data_pages: 0x8001 };
+        let stored = Stored { offset: 256, length: 17, kind: BlockKind::Lz4, data_pages: 0x8001 };
         let entry = IndexEntry { hash: Digest::of(b"b"), stored };
         let mut bytes = Vec::new();
         entry.encode(&mut bytes);

@@ -230,8 +230,7 @@ mod tests {
 
     #[test]
     fn round_trips_a_row() {
-        let stored =
-            Stored { offset: 300, length: 65536, kind: BlockKind::Raw, chunk_shift: 12, data_pages: 1 };
+        let stored = Stored { offset: 300, length: 65536, kind: BlockKind::Raw, data_pages: 1 };
         for row in [None, Some(Row { pack: 3, stored })] {
             let mut bytes = Vec::new();
             Row::encode(row, &mut bytes);

@@ -4,11 +4,10 @@ use std::collections::HashMap;
 use std::fs::File;
 
 use crate::error::{Error, Result};
-use crate::store::disk::pack::AlignedBuffer;
 use crate::store::disk::seal::open_sealed;
 use crate::store::format::codec::Encoder;
 use crate::store::format::erofs::{self, Device, Extent, Record};
-use crate::store::format::{BlockKind, CHUNK_ENTRY, Invalid, ONE_PIECE, PackId, Stored};
+use crate::store::format::{Invalid, PackId, Stored};
 use crate::store::{BLOCK_SIZE, Store, Template};
 use crate::units::{PAGE_SIZE, to_usize};
 
@@ -23,21 +22,18 @@ impl Template {
     /// must compare them with the hashes before another process reads them, and the packs must not change afterwards.
     ///
     /// # Errors
-    /// Returns [`Code::Damage`](crate::error::Code) if a table or a record in sub-chunks is damaged, the errors of
-    /// [`Store::check_reachable`], and an error if the template has too many or too large packs.
+    /// Returns [`Code::Damage`](crate::error::Code) if a table is damaged, the errors of [`Store::check_reachable`], and
+    /// an error if the template has too many or too large packs.
     pub fn kernel_image(&self, file: usize) -> Result<Vec<u8>> {
         let size = self.files().get(file).map_or(0, |f| f.size.get());
         let mut devices = Devices { store: self.store(), all: Vec::new(), indices: HashMap::new() };
         let mut extents: Vec<Extent> = Vec::new();
-        let mut buffer = AlignedBuffer::default();
         for block in 0..self.block_count(file) {
             let start = block * BLOCK_SIZE;
             match self.place(file, block)? {
                 None => push_zeros(&mut extents, start),
                 Some((_, pack, stored)) => {
-                    let device = devices.index(pack)?;
-                    let place = Place { start, device, pack, stored };
-                    place.extents(|| place.read(self.store(), &mut buffer), &mut extents)?;
+                    extents.push(extent(start, devices.index(pack)?, stored));
                 }
             }
         }
@@ -75,33 +71,26 @@ pub struct KernelProbe {
 }
 
 impl KernelProbe {
-    /// Makes the image: records of all codecs, whole and in sub-chunks, at offsets that are no multiples of a page;
-    /// zeros in between; and a last block that ends with the file.
+    /// Makes the image: records of all codecs at offsets that are no multiples of a page, zeros in between, and a last
+    /// block that ends with the file.
     ///
     /// # Errors
     /// Returns an error if libzstd cannot allocate its tables.
     pub fn new() -> Result<KernelProbe> {
         let (mut plain, mut device, mut extents) = (Vec::new(), vec![0; 999], Vec::new());
         let block = to_usize(BLOCK_SIZE);
-        for (codec, chunk) in
-            [("none", "64k"), ("lz4", "64k"), ("zstd", "64k"), ("lz4", "16k"), ("zstd", "4k")]
-        {
+        for codec in ["none", "lz4", "zstd"] {
             let start = plain.len() as u64;
             // Half of the block has few different bytes, so that it shrinks.
             plain.extend((0..block).map(|at| {
                 let mixed = (at as u64 ^ start).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes();
                 if at % 8192 < 4096 { mixed[0] } else { mixed[0] & 3 }
             }));
-            // A sub-chunk of zeros.
-            plain[to_usize(start)..][16384..32768].fill(0);
             let mut record = Vec::new();
-            let (kind, chunk_shift) = Encoder::new(codec.parse()?, chunk.parse()?)?
-                .encode(&plain[to_usize(start)..][..block], &mut record);
+            let kind = Encoder::new(codec.parse()?)?.encode(&plain[to_usize(start)..][..block], &mut record);
             let offset = u32::try_from(device.len()).unwrap_or(u32::MAX);
             let length = u32::try_from(record.len()).unwrap_or(u32::MAX);
-            let stored = Stored { offset, length, kind, chunk_shift, data_pages: u16::MAX };
-            let place = Place { start, device: 0, pack: PackId([0; 16]), stored };
-            place.extents(|| Ok(record.clone()), &mut extents)?;
+            extents.push(extent(start, 0, Stored { offset, length, kind, data_pages: u16::MAX }));
             device.append(&mut record);
             push_zeros(&mut extents, plain.len() as u64);
             plain.resize(plain.len() + block, 0);
@@ -145,55 +134,10 @@ fn push_zeros(extents: &mut Vec<Extent>, start: u64) {
     }
 }
 
-/// Location of the record of a block with data.
-struct Place {
-    start: u64,
-    device: usize,
-    pack: PackId,
-    stored: Stored,
-}
-
-impl Place {
-    /// Returns the extent of the part of the record at `within`, whose decoded bytes begin at `skip` in the block.
-    fn extent(&self, kind: BlockKind, within: u64, length: u32, skip: u64, decoded: u64) -> Extent {
-        let offset = u64::from(self.stored.offset) + within;
-        let record = Record { device: self.device, offset, length, kind, decoded };
-        Extent { start: self.start + skip, record: Some(record) }
-    }
-
-    /// Appends the extents of the record. `read` returns the bytes of the record, which has a table of its sub-chunks if
-    /// it is not in one piece.
-    fn extents(&self, read: impl FnOnce() -> Result<Vec<u8>>, extents: &mut Vec<Extent>) -> Result<()> {
-        if self.stored.chunk_shift == ONE_PIECE {
-            extents.push(self.extent(self.stored.kind, 0, self.stored.length, 0, BLOCK_SIZE));
-            return Ok(());
-        }
-        let record = read()?;
-        let size = 1u32 << self.stored.chunk_shift;
-        let count = to_usize(BLOCK_SIZE / u64::from(size));
-        let lengths = record.get(..count * 2).ok_or_else(|| {
-            Error::damage(format!("a record of pack {} has no table of sub-chunks", self.pack))
-        })?;
-        let mut within = u64::from(CHUNK_ENTRY) * count as u64;
-        for (index, length) in (0u64..).zip(lengths.as_chunks::<2>().0) {
-            let length = u32::from(u16::from_le_bytes(*length));
-            let skip = index * u64::from(size);
-            match length {
-                0 => push_zeros(extents, self.start + skip),
-                _ => {
-                    let kind = if length == size { BlockKind::Raw } else { self.stored.kind };
-                    extents.push(self.extent(kind, within, length, skip, size.into()));
-                }
-            }
-            within += u64::from(length);
-        }
-        Ok(())
-    }
-
-    fn read(&self, store: &Store, buffer: &mut AlignedBuffer) -> Result<Vec<u8>> {
-        let record = store.pack(self.pack)?.record(self.stored, buffer).map(<[u8]>::to_vec);
-        record.map_err(|e| store.unreadable(self.pack, e))
-    }
+/// Returns the extent of the block at `start` of the file.
+fn extent(start: u64, device: usize, stored: Stored) -> Extent {
+    let Stored { offset, length, kind, .. } = stored;
+    Extent { start, record: Some(Record { device, offset: offset.into(), length, kind }) }
 }
 
 fn cannot_decode(invalid: Invalid) -> Error {

@@ -54,7 +54,7 @@ fn check(
     hash: &Digest,
 ) -> std::result::Result<(), Mismatch> {
     plain.resize(to_usize(BLOCK_SIZE), 0);
-    decoder.block((stored.kind, stored.chunk_shift), record, hash, plain)?;
+    decoder.block(stored.kind, record, hash, plain)?;
     match page_mask(plain) {
         mask if mask == stored.data_pages => Ok(()),
         mask => Err(format!("its page mask is {mask:#x}, expected {:#x}", stored.data_pages)),

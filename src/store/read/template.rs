@@ -14,7 +14,7 @@ use crate::store::disk::pack::PackIndex;
 use crate::store::disk::path::{StorePath, is_misplaced};
 use crate::store::format::image::{HASH_LEN, ImageFile, ImageHeader};
 use crate::store::format::placement::{Front, Row};
-use crate::store::format::{BLOCK_SHIFT, Invalid, PackId, Stored};
+use crate::store::format::{Invalid, PackId, Stored};
 use crate::store::{BLOCK_SIZE, Digest, Policy, Scratch, Store, TemplateFile};
 use crate::units::{Bytes, FileOffset, to_usize};
 
@@ -221,27 +221,10 @@ impl Template {
         let out = out.get_mut(..length).ok_or_else(|| {
             Error::usage(format!("buffer too short: length is {have}, expected at least {length} bytes"))
         })?;
-        let Scratch { buffer, decoder, plain } = scratch;
-        self.with_tables(|tables| {
-            let Some((hash, id, stored)) = self.stored(tables, number)? else {
-                out.fill(0);
-                return Ok(length);
-            };
-            let pack = self.store.pack(id)?;
-            let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
-            let how = (stored.kind, stored.chunk_shift);
-            let decoded = if length as u64 == BLOCK_SIZE {
-                decoder.block(how, record, &hash, out)
-            } else {
-                plain.resize(to_usize(BLOCK_SIZE), 0);
-                decoder.block(how, record, &hash, plain).map(|()| out.copy_from_slice(&plain[..length]))
-            };
-            decoded.map(|()| length).map_err(|why| pack.mismatch(stored, &why))
-        })
+        self.read_part(number, 0, scratch, out).map(|()| length)
     }
 
-    /// Fills `out` with the bytes at `offset` of a file. For a block in sub-chunks, decodes only the requested
-    /// sub-chunks. All returned bytes are verified.
+    /// Fills `out` with the bytes at `offset` of a file. All returned bytes are verified.
     ///
     /// # Errors
     /// Same as [`Template::read_block`]. Also returns a usage error if the range exceeds the file.
@@ -261,36 +244,31 @@ impl Template {
                 return Err(Error::usage(format!("offset {position} is beyond the end of file {file}")));
             }
             let (now, rest) = out.split_at_mut(out.len().min(length - within));
-            match now.len() == length {
-                true => self.read_block(file, block, scratch, now).map(drop)?,
-                false => self.read_part(number, within, scratch, now)?,
-            }
+            self.read_part(number, within, scratch, now)?;
             position += now.len() as u64;
             out = rest;
         }
         Ok(())
     }
 
+    /// Fills `out` with the bytes at `within` of a block. A whole block is decoded in place.
     fn read_part(&self, number: u64, within: usize, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
         let Scratch { buffer, decoder, plain } = scratch;
-        plain.resize(to_usize(BLOCK_SIZE), 0);
         self.with_tables(|tables| {
             let Some((hash, id, stored)) = self.stored(tables, number)? else {
                 out.fill(0);
                 return Ok(());
             };
             let pack = self.store.pack(id)?;
-            // Reads the whole record: at 40 KiB, a second device access would cost more than the extra bytes.
             let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
-            let (how, chunk) = ((stored.kind, stored.chunk_shift), 1usize << stored.chunk_shift);
-            let (first, end) = (within / chunk * chunk, (within + out.len()).next_multiple_of(chunk));
-            let decoded = match u64::from(stored.chunk_shift) == u64::from(BLOCK_SHIFT) {
-                true => decoder.block(how, record, &hash, plain),
-                false => decoder.chunks(how, record, &hash, first / chunk, &mut plain[first..end]),
+            let decoded = if out.len() as u64 == BLOCK_SIZE {
+                decoder.block(stored.kind, record, &hash, out)
+            } else {
+                plain.resize(to_usize(BLOCK_SIZE), 0);
+                let decoded = decoder.block(stored.kind, record, &hash, plain);
+                decoded.map(|()| out.copy_from_slice(&plain[within..within + out.len()]))
             };
-            decoded.map_err(|why| pack.mismatch(stored, &why))?;
-            out.copy_from_slice(&plain[within..within + out.len()]);
-            Ok(())
+            decoded.map_err(|why| pack.mismatch(stored, &why))
         })
     }
 

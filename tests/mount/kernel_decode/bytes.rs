@@ -36,17 +36,16 @@ fn every_kind_of_record_is_decoded_byte_for_byte() {
     let world = TestMount::new("kernel");
     let mut all = Vec::new();
     for (seed, codec) in (1..).zip(["lz4", "zstd", "zstd:19", "none"]) {
-        for (nth, chunk) in ["4k", "8k", "16k", "32k", "64k"].into_iter().enumerate() {
+        for nth in 0..5 {
             // The last block ends after 1 to 13 pages.
-            let memory = &mixed(seed * 10 + nth as u64, 23)[..22 * BLOCK + (3 * nth + 1) * PAGE];
-            let disk = random(seed * 100 + nth as u64, 5000);
-            let tag = format!("{}-{chunk}:1", codec.replace(':', "-"));
+            let memory = &mixed(seed * 10 + nth, 23)[..22 * BLOCK + (3 * nth as usize + 1) * PAGE];
+            let disk = random(seed * 100 + nth, 5000);
+            let tag = format!("{}-{nth}:1", codec.replace(':', "-"));
             let (source, disk_path) = (world.dir().join("memory"), world.dir().join("disk"));
             fs::write(&source, memory).unwrap();
             fs::write(&disk_path, &disk).unwrap();
             let file = format!("disk={},kind=blob", disk_path.display());
-            let words =
-                ["import", source.to_str().unwrap(), &tag, "--compression", codec, "--chunk-size", chunk];
+            let words = ["import", source.to_str().unwrap(), &tag, "--compression", codec];
             let answer = world.json(&[&words[..], &["--file", &file]].concat());
             let digest = answer["digest"].as_str().unwrap().to_owned();
             world.wait_until_verified(&digest);

@@ -57,7 +57,6 @@ pub(super) enum Outcome {
     New {
         hash: Digest,
         kind: BlockKind,
-        chunk_shift: u8,
         record: Range<usize>,
     },
 }

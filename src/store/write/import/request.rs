@@ -13,9 +13,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::store::format::template_file::MANIFEST;
-use crate::store::{
-    ChunkSize, Compression, Digest, FileKind, Moved, Owner, Policy, TagName, TemplateFile, check_name,
-};
+use crate::store::{Compression, Digest, FileKind, Moved, Owner, Policy, TagName, TemplateFile, check_name};
 use crate::units::{Bytes, PageCount};
 
 /// Source of a file's bytes.
@@ -140,8 +138,6 @@ pub struct ImportRequest {
     pub recipe: Option<serde_json::Value>,
     /// Compression of new blocks.
     pub compression: Compression,
-    /// Size of the separately decodable parts of a block.
-    pub chunk_size: ChunkSize,
     /// Set to true to interrupt the import.
     pub interrupt: Option<Arc<AtomicBool>>,
     /// Longest time that a pipe may send no bytes before the import fails; `None` or zero means no limit. A stalled
@@ -162,7 +158,6 @@ impl ImportRequest {
             base: None,
             recipe: None,
             compression: Compression::default(),
-            chunk_size: ChunkSize::default(),
             interrupt: None,
             stall: None,
         }

@@ -19,7 +19,7 @@ pub(super) struct Worker {
 
 impl Worker {
     pub fn new(request: &ImportRequest) -> Result<Worker> {
-        let encoder = Encoder::new(request.compression, request.chunk_size)?;
+        let encoder = Encoder::new(request.compression)?;
         Ok(Worker { encoder, scratch: Scratch::default(), buffer: vec![] })
     }
 
@@ -52,8 +52,8 @@ impl Worker {
                     Some(place) => Outcome::Stored(hash, place),
                     None => {
                         let start = records.len();
-                        let (kind, chunk_shift) = self.encoder.encode(block, records);
-                        Outcome::New { hash, kind, chunk_shift, record: start..records.len() }
+                        let kind = self.encoder.encode(block, records);
+                        Outcome::New { hash, kind, record: start..records.len() }
                     }
                 }
             };

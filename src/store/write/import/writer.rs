@@ -95,14 +95,14 @@ impl<'a> Writer<'a> {
         let (hash, place) = match &block.outcome {
             Outcome::Zero => return self.tables.zeros(1),
             Outcome::Stored(hash, place) => (hash, *place),
-            Outcome::New { hash, kind, chunk_shift, record } => {
+            Outcome::New { hash, kind, record } => {
                 // Two workers may have processed the same new block in different batches.
                 let place = match self.index.find_written(hash) {
                     Some(place) => place,
                     None => {
                         let record = &records[record.clone()];
-                        let (kind, chunk_shift, data_pages) = (*kind, *chunk_shift, block.data_pages);
-                        let stored = Stored { offset: 0, length: 0, kind, chunk_shift, data_pages };
+                        let (kind, data_pages) = (*kind, block.data_pages);
+                        let stored = Stored { offset: 0, length: 0, kind, data_pages };
                         self.packs.append(*hash, record, stored)?
                     }
                 };

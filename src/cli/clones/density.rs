@@ -198,10 +198,10 @@ impl DensityReport {
             counted(f.unknown_processes, "unknown process", "unknown processes"),
             counted(f.unexplained_mappings, "unexplained mapping", "unexplained mappings")
         )?;
-        if f.changed_percent >= 0.001 {
+        if f.changed_percent >= 0.01 {
             writeln!(
                 out,
-                "  the memory of the clones changed by {:.3} % during the audit",
+                "  the memory of the clones changed by {:.2} % during the audit",
                 f.changed_percent
             )?;
         }

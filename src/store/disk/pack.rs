@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,18 +24,47 @@ const ALIGN: u64 = 4096;
 /// Maximum number of open packs of a store. Beyond the limit another pack is closed.
 const MAX_OPEN: usize = 512;
 
-/// Aligned memory for direct reads, reused between reads.
+/// Aligned memory for direct reads, reused between reads. It holds the bytes of the last read.
 #[derive(Debug, Default)]
-pub(in crate::store) struct AlignedBuffer(Vec<u8>);
+pub(in crate::store) struct AlignedBuffer {
+    memory: Vec<u8>,
+    held: Option<Held>,
+}
+
+/// The bytes of a pack that a buffer holds.
+#[derive(Debug)]
+struct Held {
+    pack: PackId,
+    range: Range<u64>,
+    /// Index of the first byte in the memory of the buffer.
+    at: usize,
+}
 
 impl AlignedBuffer {
-    fn take(&mut self, length: usize) -> &mut [u8] {
+    /// Returns the index of an aligned part of the memory with `length` bytes.
+    fn take(&mut self, length: usize) -> usize {
+        self.held = None;
         let align = to_usize(ALIGN);
-        if self.0.len() < length + align {
-            self.0.resize(length + align, 0);
+        if self.memory.len() < length + align {
+            self.memory.resize(length + align, 0);
         }
-        let start = self.0.as_ptr().align_offset(align).min(align);
-        &mut self.0[start..start + length]
+        self.memory.as_ptr().align_offset(align).min(align)
+    }
+
+    /// Returns true if the buffer holds the record.
+    pub fn holds(&self, pack: PackId, stored: Stored) -> bool {
+        let record = stored.range();
+        let is_in = |held: &Held| {
+            held.pack == pack && held.range.start <= record.start && record.end <= held.range.end
+        };
+        self.held.as_ref().is_some_and(is_in)
+    }
+
+    /// Returns held bytes of a range.
+    fn get(&self, range: &Range<u64>) -> &[u8] {
+        let Some(held) = &self.held else { return &[] };
+        let at = held.at + to_usize(range.start - held.range.start);
+        &self.memory[at..at + to_usize(range.end - range.start)]
     }
 }
 
@@ -62,9 +92,9 @@ impl PackFile {
             header: PackHeader::new(id, 0, 0, Digest::new([0; 32])),
             path,
         };
-        let mut buffer = AlignedBuffer::default();
-        let head = pack.read_range(0, PackHeader::LEN, &mut buffer)?;
-        let header = PackHeader::decode(head).map_err(|e| e.in_file("pack", &pack.path))?;
+        let (mut buffer, head) = (AlignedBuffer::default(), 0..PackHeader::LEN as u64);
+        pack.load(head.clone(), &mut buffer)?;
+        let header = PackHeader::decode(buffer.get(&head)).map_err(|e| e.in_file("pack", &pack.path))?;
         // The file length is not checked here: the records before the cut of a truncated pack are still readable, and
         // every block is verified anyway.
         check_id(&header, id).map_err(|e| e.in_file("pack", &pack.path))?;
@@ -80,24 +110,35 @@ impl PackFile {
             .hint("run 'stencil verify' to list the affected templates; import the same memory again to repair them")
     }
 
-    /// Reads the record `stored` into `buffer`.
-    pub fn record<'a>(&self, stored: Stored, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
-        let (offset, length) = (u64::from(stored.offset), u64::from(stored.length));
-        if offset < PackHeader::LEN as u64 || offset + length > self.header.index_offset {
+    /// Returns the record `stored`: from `buffer`, if the last read covered it. Otherwise reads it, and with it the bytes
+    /// up to the offset `end`, where the records are that the caller needs next.
+    pub fn record<'a>(&self, stored: Stored, end: u64, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
+        let record = stored.range();
+        if record.start < PackHeader::LEN as u64 || record.end > self.header.index_offset {
             let why = format!(
-                "record at offset {offset} (length {length}) is outside the records, which end at offset {}",
-                self.header.index_offset
+                "record at offset {} (length {}) is outside the records, which end at offset {}",
+                record.start, stored.length, self.header.index_offset
             );
             return Err(Invalid::Damage(why).in_file("pack", &self.path));
         }
-        self.read_range(offset, to_usize(length), buffer)
+        if !buffer.holds(self.header.id, stored) {
+            let more = record.start..end.clamp(record.end, self.header.index_offset);
+            // Behind the record there may be a bad sector.
+            if more == record || self.load(more, buffer).is_err() {
+                self.load(record.clone(), buffer)?;
+            }
+        }
+        Ok(buffer.get(&record))
     }
 
-    fn read_range<'a>(&self, offset: u64, length: usize, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
+    /// Reads a range of the file into `buffer`.
+    fn load(&self, range: Range<u64>, buffer: &mut AlignedBuffer) -> Result<()> {
+        let (offset, length) = (range.start, to_usize(range.end - range.start));
         let start = offset / ALIGN * ALIGN;
-        let end = (offset + length as u64).next_multiple_of(ALIGN);
+        let end = range.end.next_multiple_of(ALIGN);
         let skip = to_usize(offset - start);
-        let target = buffer.take(to_usize(end - start));
+        let at = buffer.take(to_usize(end - start));
+        let target = &mut buffer.memory[at..at + to_usize(end - start)];
         let mut have = 0;
         while have < skip + length {
             // A direct read is short only at the end of the file.
@@ -129,7 +170,8 @@ impl PackFile {
             // mount.
             let _ = fadvise(&self.file, start, std::num::NonZeroU64::new(end - start), Advice::DontNeed);
         }
-        Ok(&target[skip..skip + length])
+        buffer.held = Some(Held { pack: self.header.id, range, at: at + skip });
+        Ok(())
     }
 }
 

@@ -73,6 +73,12 @@ pub struct Stored {
 pub const MAX_RECORD: u32 = 1 << BLOCK_SHIFT;
 
 impl Stored {
+    /// Returns the range of the pack that holds the record.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        let offset = u64::from(self.offset);
+        offset..offset + u64::from(self.length)
+    }
+
     pub(super) fn encode(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.offset.to_le_bytes());
         out.extend_from_slice(&self.length.to_le_bytes());

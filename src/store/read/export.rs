@@ -80,6 +80,7 @@ impl Template {
         progress.start("export", self.files().get(file).map(|f| f.size));
         let written = (0..self.block_count(file)).try_for_each(|number| {
             check(interrupt)?;
+            scratch.announce(BLOCKS_PER_TURN);
             let length = self.read_block(file, number, &mut scratch, &mut block)?;
             out.write_all(&block[..length]).map_err(|e| Error::io("cannot write the export", name, e))?;
             progress.advance(Bytes::new(length as u64));
@@ -108,7 +109,9 @@ impl Template {
                     break;
                 }
                 check(interrupt)?;
-                for number in start..(start + BLOCKS_PER_TURN).min(blocks) {
+                let end = (start + BLOCKS_PER_TURN).min(blocks);
+                for number in start..end {
+                    scratch.announce(end - 1 - number);
                     if !sparse || self.block_id(file, number)?.is_some() {
                         let length = self.read_block(file, number, &mut scratch, &mut block)?;
                         let (block, offset) = (&block[..length], number * BLOCK_SIZE);

@@ -10,12 +10,20 @@ use crate::units::to_usize;
 /// Reusable buffers for reads, one instance for each thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    /// Number of blocks that the caller reads after the next one.
+    pub(in crate::store) following: u64,
     pub(in crate::store) buffer: AlignedBuffer,
     pub(in crate::store) decoder: Decoder,
     pub(in crate::store) plain: Vec<u8>,
 }
 
 impl Scratch {
+    /// Announces that the caller reads this number of blocks after the next one, in order. One access to the disk then
+    /// reads the records of several blocks that lie next to each other in their pack.
+    pub fn announce(&mut self, following: u64) {
+        self.following = following;
+    }
+
     /// Reads a record from a pack and verifies its block against the hash. Returns the record.
     pub(in crate::store) fn verify(
         &mut self,
@@ -23,8 +31,8 @@ impl Scratch {
         stored: Stored,
         hash: &Digest,
     ) -> Result<&[u8]> {
-        let Scratch { buffer, decoder, plain } = self;
-        let record = pack.record(stored, buffer)?;
+        let Scratch { buffer, decoder, plain, .. } = self;
+        let record = pack.record(stored, stored.range().end, buffer)?;
         check(decoder, plain, record, stored, hash).map_err(|why| pack.mismatch(stored, &why))?;
         Ok(record)
     }

@@ -253,14 +253,18 @@ impl Template {
 
     /// Fills `out` with the bytes at `within` of a block. A whole block is decoded in place.
     fn read_part(&self, number: u64, within: usize, scratch: &mut Scratch, out: &mut [u8]) -> Result<()> {
-        let Scratch { buffer, decoder, plain } = scratch;
+        let Scratch { following, buffer, decoder, plain } = scratch;
         self.with_tables(|tables| {
             let Some((hash, id, stored)) = self.stored(tables, number)? else {
                 out.fill(0);
                 return Ok(());
             };
+            let end = match buffer.holds(id, stored) {
+                true => stored.range().end,
+                false => self.run_end(tables, number, *following, (id, stored)),
+            };
             let pack = self.store.pack(id)?;
-            let record = pack.record(stored, buffer).map_err(|e| self.store.unreadable(id, e))?;
+            let record = pack.record(stored, end, buffer).map_err(|e| self.store.unreadable(id, e))?;
             let decoded = if out.len() as u64 == BLOCK_SIZE {
                 decoder.block(stored.kind, record, &hash, out)
             } else {
@@ -270,6 +274,23 @@ impl Template {
             };
             decoded.map_err(|why| pack.mismatch(stored, &why))
         })
+    }
+
+    /// Returns the offset in the pack up to which the records of a block and of the `following` blocks lie next to each
+    /// other.
+    fn run_end(&self, tables: &Tables, number: u64, following: u64, (id, stored): (PackId, Stored)) -> u64 {
+        let mut end = stored.range().end;
+        for next in (number + 1..).take(to_usize(following)) {
+            match self.stored(tables, next) {
+                Ok(Some((_, pack, next))) if pack == id && next.range().start == end => {
+                    end = next.range().end
+                }
+                // A zero block has no record.
+                Ok(None) => {}
+                Ok(Some(_)) | Err(_) => break,
+            }
+        }
+        end
     }
 
     /// Reads and verifies one block, and appends its record, as it is stored, to `out`. Returns `None` for a zero

@@ -241,8 +241,9 @@ impl Hydrator {
         self.in_parallel(&pieces(template, file)?, self.threads, |piece, scratch, buffer| {
             self.expect_not_condemned(template)?;
             let buffer = &mut buffer[..to_usize(piece.end - piece.start)];
-            for (i, part) in buffer.chunks_mut(to_usize(BLOCK_SIZE)).enumerate() {
-                let block = piece.start / BLOCK_SIZE + i as u64;
+            let blocks = piece.start / BLOCK_SIZE..piece.end.div_ceil(BLOCK_SIZE);
+            for (block, part) in blocks.clone().zip(buffer.chunks_mut(to_usize(BLOCK_SIZE))) {
+                scratch.announce(blocks.end - 1 - block);
                 despite_outage(|| template.read_block(file, block, scratch, part))?;
             }
             backing.write_all_at(buffer, piece.start).map_err(|e| cannot_fill(&self.cache, e))?;

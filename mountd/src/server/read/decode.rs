@@ -118,6 +118,7 @@ impl Decoder {
             let stop = block_end.min(end);
             let part = &mut reply[to_usize(at - offset)..to_usize(stop - offset)];
             let whole = at == start && stop == block_end;
+            scratch.announce(end.div_ceil(BLOCK_SIZE) - block - 1);
             self.part(template, file, block, to_usize(at - start), whole, part, scratch)
                 .map_err(|e| self.report(template, file, block, &e))?;
             at = stop;

@@ -17,7 +17,7 @@ use rustix::fs::{CWD, Mode, OFlags, fchmod, fcntl_setfl, fstat, mkdirat};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::sys::files::directory::Directory;
+use crate::sys::files::directory::{Directory, read_file};
 use crate::sys::files::trust;
 use crate::units::Bytes;
 
@@ -141,14 +141,12 @@ pub fn trusted_file(folder: &Directory, name: impl AsRef<Path>) -> io::Result<Fi
     Ok(file)
 }
 
-/// Reads a regular file of at most `limit` bytes. Only the owner can replace the file between check and read, as the
-/// directory is trusted.
+/// Reads a regular file of at most `limit` bytes.
 ///
 /// # Errors
 /// Same as [`trusted_file`], and `InvalidData` for a longer file.
 pub fn read(folder: &Directory, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
-    trusted_file(folder, &name)?;
-    folder.read(name, limit)
+    read_file(trusted_file(folder, name)?, limit)
 }
 
 /// Replaces the contents of a file of mode 0600 atomically: readers see the old or the new contents.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 use crate::units::Bytes;
@@ -72,7 +73,9 @@ pub fn has_sys_admin() -> bool {
 
 /// Returns the inode number of the PID namespace of this process, or `None` without `/proc`.
 pub fn pid_namespace() -> Option<u64> {
-    namespace("pid")
+    // A process stays in its PID namespace: unshare(2) and setns(2) affect only its children.
+    static NAMESPACE: OnceLock<Option<u64>> = OnceLock::new();
+    *NAMESPACE.get_or_init(|| namespace("pid"))
 }
 
 /// Inode numbers of the initial namespaces, constants of the kernel (`PROC_*_INIT_INO` of `proc_ns.h`).

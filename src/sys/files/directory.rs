@@ -121,14 +121,7 @@ impl Directory {
     /// # Errors
     /// Same as [`file`](Self::file), and `InvalidData` for a longer file.
     pub fn read(&self, name: impl AsRef<Path>, limit: Bytes) -> io::Result<Vec<u8>> {
-        let file = self.file(name)?;
-        let mut bytes = Vec::new();
-        // The file may grow between the two checks.
-        let fits = |length: u64| length <= limit.get();
-        if fits(file.metadata()?.len()) && fits(file.take(limit.get() + 1).read_to_end(&mut bytes)? as u64) {
-            return Ok(bytes);
-        }
-        Err(io::Error::new(io::ErrorKind::InvalidData, format!("file is larger than {limit}")))
+        read_file(self.file(name)?, limit)
     }
 
     /// Creates a new file for reading and writing. Its mode is exactly `mode`, independent of the umask.
@@ -333,6 +326,20 @@ impl AsFd for Parent<'_> {
             Parent::Below(directory) => directory.as_fd(),
         }
     }
+}
+
+/// Reads an open regular file of at most `limit` bytes.
+///
+/// # Errors
+/// Returns an error if a system call fails, and `InvalidData` for a longer file.
+pub fn read_file(file: File, limit: Bytes) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // The file may grow between the two checks.
+    let fits = |length: u64| length <= limit.get();
+    if fits(file.metadata()?.len()) && fits(file.take(limit.get() + 1).read_to_end(&mut bytes)? as u64) {
+        return Ok(bytes);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("file is larger than {limit}")))
 }
 
 fn regular(fd: OwnedFd) -> io::Result<File> {

@@ -23,7 +23,8 @@ pub mod times;
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
@@ -53,7 +54,8 @@ pub enum Fork {
 pub fn fork_single_threaded() -> Result<Fork> {
     /// A joined thread may remain in `/proc/self/task` for a moment.
     const JOIN_DELAY: Duration = Duration::from_millis(50);
-    let count = || fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+    // The link count of the directory is two more than the number of threads (`proc_task_getattr` of the kernel).
+    let count = || fs::metadata("/proc/self/task").map_or(0, |task| task.nlink().saturating_sub(2));
     let deadline = Instant::now() + JOIN_DELAY;
     let mut threads = count();
     while threads > 1 && Instant::now() < deadline {
@@ -246,6 +248,34 @@ pub fn signal_name(number: i32) -> String {
         other => return format!("signal {other}"),
     };
     name.to_owned()
+}
+
+/// Returns a descriptor that is readable after a child has terminated, until [`clear_child_exits`] reads it. Blocks
+/// SIGCHLD, also in later children. A wait for any child examines all children, so it should follow such an event.
+///
+/// # Errors
+/// Returns an error if a system call fails.
+pub fn child_exits() -> Result<OwnedFd> {
+    // SAFETY: sigemptyset initialises the set before it is read; no call accesses other memory. On success the
+    // descriptor is new, so nothing else owns it.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        match libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
+            -1 => {
+                Err(Error::failed("cannot watch for exits of children").because(io::Error::last_os_error()))
+            }
+            fd => Ok(OwnedFd::from_raw_fd(fd)),
+        }
+    }
+}
+
+/// Makes a descriptor of [`child_exits`] unreadable until the next exit.
+pub fn clear_child_exits(exits: impl AsFd) {
+    // All pending exits are one signal.
+    let _ = rustix::io::read(exits, &mut [0; size_of::<libc::signalfd_siginfo>()]);
 }
 
 /// Reaps one child that has terminated. Returns `None` if none has terminated or there is no child.

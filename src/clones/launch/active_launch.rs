@@ -8,7 +8,7 @@ use crate::clones::agent::Clock;
 use crate::clones::registry::{Entry, LOG, Launch, NewEntry, Touched, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::sys::process::threads;
+use crate::sys::process::{ProcessId, threads};
 use crate::units::Bytes;
 
 /// A launch in progress.
@@ -39,7 +39,7 @@ impl ActiveLaunch<'_> {
         use_it(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub fn create(&self, index: u32, touched: Option<Touched>) -> Result<Entry> {
+    pub fn create(&self, index: u32, process: Option<ProcessId>, touched: Option<Touched>) -> Result<Entry> {
         let digest = self.order.target.digest.to_string();
         let kind = self.order.how.kind();
         self.launch.create(&NewEntry {
@@ -48,6 +48,7 @@ impl ActiveLaunch<'_> {
             store: &self.order.target.store,
             kind,
             index,
+            process,
             touched,
             disk_dir: self.order.disk_dir.as_deref(),
         })
@@ -93,7 +94,7 @@ impl ActiveLaunch<'_> {
     where
         F: Fn(&Self, &mut Entry) -> Result<std::process::Child>,
     {
-        let mut entry = match self.create(index, None) {
+        let mut entry = match self.create(index, None, None) {
             Ok(entry) => entry,
             Err(error) => return self.failed(index, error.to_string(), error.hint_text()),
         };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::simulate::Simulate;
+use crate::clones::counted;
 use crate::clones::registry::Touched;
 use crate::error::Result;
 use crate::memory::{Options, Plan};
@@ -53,12 +54,26 @@ pub struct Job {
 pub struct Mapped {
     /// Name in the template.
     pub name: String,
-    /// Path below the mount.
-    pub path: PathBuf,
     /// True for a read-only mapping.
     pub rom: bool,
     /// Plan of the memory backend.
     pub plan: Plan,
+}
+
+impl Order {
+    /// Returns the log of a clone that has touched its pages.
+    pub fn log(&self, index: u32) -> String {
+        let mapped = self.files.iter().map(|file| {
+            format!("mapped {} as {}\n", file.path.display(), if file.rom { "rom" } else { "ram" })
+        });
+        let touched = format!(
+            "clone {index}: read {}, wrote {} of {}\n",
+            counted(self.touched.read_pages, "page", "pages"),
+            counted(self.touched.written_pages, "page", "pages"),
+            self.touch
+        );
+        mapped.chain([touched]).collect()
+    }
 }
 
 impl Job {
@@ -74,12 +89,7 @@ impl Job {
                 "memory-backend-file,id=ram,size={},mem-path={path},share=off,readonly=on,rom={rom}",
                 file.size
             );
-            Ok(Mapped {
-                name: file.name,
-                path: file.path,
-                rom: file.rom,
-                plan: Options::parse(&text)?.plan()?,
-            })
+            Ok(Mapped { name: file.name, rom: file.rom, plan: Options::parse(&text)?.plan()? })
         });
         Ok(Job {
             simulate: order.simulate.parse()?,

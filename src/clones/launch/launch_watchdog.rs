@@ -7,12 +7,15 @@
 //! kernel reports the exit status of a process to a process other than its parent only through a pidfd that was opened
 //! before the process was reaped.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::process::{Child, ExitCode, Stdio};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 
 use crate::clones::helper_process::this_program;
@@ -94,8 +97,17 @@ fn watch(launch: &str) {
     // The watchdog needs one descriptor per clone, possibly more than the soft limit.
     drop(inherited::raise_limits());
     let entries = registry::list().unwrap_or_default();
-    let mut clones: Vec<_> =
-        entries.into_iter().filter(|entry| entry.launch == launch).filter_map(open).collect();
+    let entries = entries.into_iter().filter(|entry| entry.launch == launch);
+    let (Ok(Some(all)), Ok(exits)) = (registry::clones(), epoll::create(CreateFlags::CLOEXEC)) else {
+        return;
+    };
+    let mut clones = HashMap::new();
+    for (number, (id, process, pidfd)) in (0..).zip(entries.filter_map(open)) {
+        if epoll::add(&exits, &pidfd, EventData::new_u64(number), EventFlags::IN).is_err() {
+            return;
+        }
+        clones.insert(number, (id, process, pidfd));
+    }
     if clones.is_empty() {
         return;
     }
@@ -104,30 +116,25 @@ fn watch(launch: &str) {
     if worker::leave_standard_streams().is_err() {
         return;
     }
+    let mut events = Vec::with_capacity(256);
     while !clones.is_empty() {
-        let mut all: Vec<PollFd<'_>> =
-            clones.iter().map(|(_, _, pidfd)| PollFd::new(pidfd, PollFlags::IN)).collect();
-        match poll(&mut all, None) {
+        events.clear();
+        match epoll::wait(&exits, spare_capacity(&mut events), None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(_) => return,
         }
-        let exited: Vec<bool> = all.iter().map(|fd| !fd.revents().is_empty()).collect();
-        drop(all);
-        let mut exited = exited.into_iter();
-        clones.retain(|(entry, process, pidfd)| {
-            let has_exited = exited.next().unwrap_or(false);
-            if has_exited {
-                // Fails if the clone's directory was removed; the status is then not needed.
-                let _ = Ending::now(ExitStatus::read(*process, pidfd)).save(entry);
-            }
-            !has_exited
-        });
+        for event in &events {
+            // Dropping the descriptor removes it from the epoll instance.
+            let Some((id, process, pidfd)) = clones.remove(&event.data.u64()) else { continue };
+            // Fails if the clone's directory was removed; the status is then not needed.
+            let _ = Ending::now(ExitStatus::read(process, &pidfd)).save(&all, &id);
+        }
     }
 }
 
-fn open(entry: Entry) -> Option<(Entry, ProcessId, std::os::fd::OwnedFd)> {
+fn open(entry: Entry) -> Option<(String, ProcessId, OwnedFd)> {
     let process = entry.process()?;
     // A clone that has just exited is still a zombie, which the launcher has not reaped yet.
     let pidfd = process.open_unreaped().ok()??;
-    Some((entry, process, pidfd))
+    Some((entry.id, process, pidfd))
 }

@@ -1,10 +1,13 @@
 //! Simulated launches, the launcher's side: sends start requests to a zygote and receives its status messages.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, ChildStdin, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::process::Signal;
 
 use super::active_launch::ActiveLaunch;
 use super::job::{self, OrderFile};
@@ -12,43 +15,74 @@ use super::order::Launched;
 use super::simulate::Simulate;
 use crate::clones::helper_process::this_program;
 use crate::clones::launch::zygote;
-use crate::clones::registry::{self, Entry, Touched};
+use crate::clones::registry::{self, Entry};
 use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
-use crate::sys::process::threads;
+use crate::sys::poll::poll_for;
 use crate::sys::process::{ProcessId, own_session};
 use crate::units::Bytes;
+
+/// Interval of the checks whether the launch was cancelled.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Maximum number of requests that the zygote has not read. They fit into the pipe: the zygote may wait for this process
+/// to read its messages, so this process must not wait for the zygote.
+const MAX_REQUESTS: usize = 1000;
+
+/// Time limit for the zygote to release all clones.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Ready clones that are still bound to their zygote: unless released, they die with it.
 pub struct Held {
     zygote: Child,
     input: ChildStdin,
-    messages: Receiver<String>,
+    output: ChildStdout,
+    /// The beginning of a message whose end was not received yet.
+    partial: Vec<u8>,
 }
 
 impl Held {
     /// Releases all clones from the zygote.
     ///
     /// # Errors
-    /// Returns an error if the zygote does not confirm the release within 60 s.
+    /// Returns an error if the zygote dies or does not confirm the release within 60 s.
     pub fn release(mut self) -> Result<()> {
         let lost = |e| {
             Error::failed("cannot communicate with the process that starts the simulated clones").because(e)
         };
         writeln!(self.input, "release").map_err(lost)?;
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
         loop {
-            match self.messages.recv_timeout(Duration::from_secs(60)) {
-                Ok(line) if line == "released" => break,
-                Ok(_) => {}
-                Err(_) => {
-                    return Err(Error::failed(format!(
-                        "the process that starts the simulated clones did not release them{}",
-                        self.error_output()
-                    )));
-                }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::failed(format!(
+                    "the process that starts the simulated clones did not release them{}",
+                    self.error_output()
+                )));
+            }
+            if self.receive(left)?.iter().any(|message| message == "released") {
+                break;
             }
         }
         self.zygote.wait().map(drop).map_err(lost)
+    }
+
+    /// Returns the messages that arrive next; none after `timeout`.
+    fn receive(&mut self, timeout: Duration) -> Result<Vec<String>> {
+        match poll_for(&mut [PollFd::new(&self.output, PollFlags::IN)], Some(timeout)) {
+            Ok(0) | Err(Errno::INTR) => return Ok(vec![]),
+            Ok(_) => {}
+            Err(e) => return Err(self.died().because(e.into())),
+        }
+        let mut buffer = [0; 16 << 10];
+        let length = self.output.read(&mut buffer).map_err(|e| self.died().because(e))?;
+        if length == 0 {
+            return Err(self.died());
+        }
+        self.partial.extend(buffer.iter().take(length));
+        let end = self.partial.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
+        let complete: Vec<u8> = self.partial.drain(..end).collect();
+        Ok(String::from_utf8_lossy(&complete).lines().map(str::to_owned).collect())
     }
 
     /// Returns the error for a zygote that died.
@@ -83,38 +117,33 @@ impl Drop for Held {
 /// # Errors
 /// Returns an error if the template has no memory file to touch, or the zygote cannot be started or dies.
 pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launched, Held)> {
-    let (order, touched) = order(&active.order.target.files, active, simulate)?;
+    let order = order(&active.order.target.files, active, simulate)?;
     let mut held = start(&order)?;
-    let mut entries: BTreeMap<u32, Entry> = BTreeMap::new();
-    let mut starting: BTreeMap<u32, Instant> = BTreeMap::new();
-    let mut ready = vec![];
+    let mut clones = Clones::default();
     let mut next = 0;
     loop {
+        let mut requests = String::new();
         while next < active.order.count
-            && starting.len() < active.order.parallel.max(1) as usize
+            && clones.starting.len() < active.order.parallel.max(1) as usize
+            && clones.starting.len() < clones.started.len() + MAX_REQUESTS
             && !active.is_over()
         {
-            let entry = active.create(next, Some(touched))?;
-            let line = format!("start {next} {}\n", entry.dir.display());
-            held.input.write_all(line.as_bytes()).map_err(|e| held.died().because(e))?;
-            starting.insert(next, Instant::now() + active.order.ready_timeout);
-            entries.insert(next, entry);
+            requests.push_str(&format!("start {next}\n"));
+            clones.starting.insert(next, Instant::now() + active.order.ready_timeout);
             next += 1;
         }
-        if starting.is_empty() || active.is_over() {
+        held.input.write_all(requests.as_bytes()).map_err(|e| held.died().because(e))?;
+        if clones.starting.is_empty() || active.is_over() {
             break;
         }
-        match held.messages.recv_timeout(Duration::from_millis(50)) {
-            Ok(line) => handle_message(active, &line, &mut entries, &mut starting, &mut ready)?,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(held.died());
-            }
+        for line in held.receive(CANCEL_INTERVAL)? {
+            clones.handle_message(active, &order, &line)?;
         }
-        let late: Vec<u32> = starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
+        let late: Vec<u32> =
+            clones.starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
         for index in late {
-            starting.remove(&index);
-            if let Some(entry) = entries.remove(&index) {
+            clones.starting.remove(&index);
+            if let Some(entry) = clones.started.remove(&index) {
                 entry.destroy()?;
             }
             let seconds = active.order.ready_timeout.as_secs_f64();
@@ -122,54 +151,67 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
         }
     }
     let failures = active.gathered(|g| std::mem::take(&mut g.failures));
-    Ok((Launched { clones: ready, failures, clocks: vec![], children: vec![] }, held))
+    Ok((Launched { clones: clones.ready, failures, clocks: vec![], children: vec![] }, held))
 }
 
-fn handle_message(
-    active: &ActiveLaunch<'_>,
-    line: &str,
-    entries: &mut BTreeMap<u32, Entry>,
-    starting: &mut BTreeMap<u32, Instant>,
-    ready: &mut Vec<Entry>,
-) -> Result<()> {
-    let mut words = line.splitn(3, ' ');
-    let (verb, index, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
-    let Some(index) = index.and_then(|i| i.parse::<u32>().ok()) else { return Ok(()) };
-    match verb {
-        Some("started") => {
-            let process = rest.split_once(' ').and_then(|(pid, identity)| {
-                Some(ProcessId { pid: pid.parse().ok()?, identity: identity.parse().ok()? })
-            });
-            if let (Some(process), Some(entry)) = (process, entries.get_mut(&index)) {
-                entry.set_process(process)?;
+/// The clones of a launch by index, in the order of their states.
+#[derive(Default)]
+struct Clones {
+    /// Ends of the timeouts of requested clones that are not ready.
+    starting: BTreeMap<u32, Instant>,
+    /// Clones that have a process and are not ready.
+    started: BTreeMap<u32, Entry>,
+    ready: Vec<Entry>,
+}
+
+impl Clones {
+    fn handle_message(&mut self, active: &ActiveLaunch<'_>, order: &job::Order, line: &str) -> Result<()> {
+        let mut words = line.splitn(3, ' ');
+        let (verb, index, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
+        let Some(index) = index.and_then(|i| i.parse::<u32>().ok()) else { return Ok(()) };
+        match verb {
+            Some("started") => {
+                let process = rest.split_once(' ').and_then(|(pid, identity)| {
+                    Some(ProcessId { pid: pid.parse().ok()?, identity: identity.parse().ok()? })
+                });
+                let process = process.ok_or_else(|| Error::failed(format!("invalid message '{line}'")))?;
+                if self.starting.contains_key(&index) {
+                    let entry = active.create(index, Some(process), Some(order.touched))?;
+                    self.started.insert(index, entry);
+                } else {
+                    // Started after its timeout.
+                    process.signal(Signal::KILL)?;
+                }
             }
-        }
-        Some("ready") => {
-            starting.remove(&index);
-            active.progress.advance(Bytes::new(1));
-            ready.extend(entries.remove(&index));
-        }
-        Some("failed") => {
-            starting.remove(&index);
-            // A clone can fail after it was ready.
-            let failed = entries.remove(&index).or_else(|| {
-                ready.iter().position(|e| e.index == index).map(|place| ready.swap_remove(place))
-            });
-            if let Some(entry) = failed {
-                entry.remove()?;
-                active.failed(index, rest.to_owned(), None);
+            Some("ready") => {
+                self.starting.remove(&index);
+                if let Some(entry) = self.started.remove(&index) {
+                    active.launch.write_log(&entry, &order.log(index))?;
+                    active.progress.advance(Bytes::new(1));
+                    self.ready.push(entry);
+                }
             }
+            Some("failed") => {
+                let was_starting = self.starting.remove(&index).is_some();
+                // A clone can fail after it was ready.
+                let failed = self.started.remove(&index).or_else(|| {
+                    let place = self.ready.iter().position(|e| e.index == index)?;
+                    Some(self.ready.swap_remove(place))
+                });
+                if let Some(entry) = &failed {
+                    entry.remove()?;
+                }
+                if was_starting || failed.is_some() {
+                    active.failed(index, rest.to_owned(), None);
+                }
+            }
+            _ => {}
         }
-        _ => {}
+        Ok(())
     }
-    Ok(())
 }
 
-fn order(
-    files: &[TemplateFile],
-    active: &ActiveLaunch<'_>,
-    simulate: &Simulate,
-) -> Result<(job::Order, Touched)> {
+fn order(files: &[TemplateFile], active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<job::Order> {
     let target = active.order.target;
     let memory: Vec<&TemplateFile> = files.iter().filter(|f| f.kind.is_memory()).collect();
     let touch = match &simulate.file {
@@ -191,7 +233,7 @@ fn order(
         rom: f.kind == FileKind::Rom,
     };
     let files = memory.iter().map(file).collect();
-    Ok((job::Order { simulate: simulate.to_string(), files, touch: touch.name.clone(), touched }, touched))
+    Ok(job::Order { simulate: simulate.to_string(), files, touch: touch.name.clone(), touched })
 }
 
 fn start(order: &job::Order) -> Result<Held> {
@@ -206,17 +248,8 @@ fn start(order: &job::Order) -> Result<Held> {
     let (Some(mut input), Some(output)) = (zygote.stdin.take(), zygote.stdout.take()) else {
         return Err(Error::failed("the process that starts the simulated clones has no standard streams"));
     };
-    let (sender, messages) = channel();
-    threads::start(move || {
-        for line in BufReader::new(output).lines() {
-            let Ok(line) = line else { break };
-            if sender.send(line).is_err() {
-                break;
-            }
-        }
-    })?;
     let job = serde_json::to_string(order)
         .map_err(|e| Error::failed(format!("cannot encode the job of the simulated clones: {e}")))?;
     writeln!(input, "{job}").map_err(failed)?;
-    Ok(Held { zygote, input, messages })
+    Ok(Held { zygote, input, output, partial: vec![] })
 }

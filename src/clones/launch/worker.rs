@@ -1,13 +1,9 @@
 //! A simulated clone: maps the template as a VMM does, touches pages, and sleeps until it is killed.
 
-use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use super::job::{Job, Mapped};
 use super::simulate::Simulate;
-use crate::clones::counted;
-use crate::clones::registry::{LOG, open_log};
 use crate::error::{Error, Result};
 use crate::memory::Backend;
 use crate::sys::process;
@@ -25,14 +21,14 @@ pub struct Pipes {
 }
 
 /// Runs the worker in its forked process. Never returns.
-pub fn run(job: &Job, index: u32, dir: &Path, zygote: u32, pipes: Pipes) -> ! {
+pub fn run(job: &Job, index: u32, zygote: u32, pipes: Pipes) -> ! {
     // The name is for `ps` only, so a failure does not matter.
     let _ = rustix::thread::set_name(c"stencil-clone");
     let outcome = process::set_parent_death_signal(zygote).and_then(|alive| {
         if !alive {
             process::leave(1);
         }
-        live(job, index, dir, &pipes)
+        live(job, index, &pipes)
     });
     match outcome {
         Ok(backends) => {
@@ -48,7 +44,7 @@ pub fn run(job: &Job, index: u32, dir: &Path, zygote: u32, pipes: Pipes) -> ! {
     }
 }
 
-fn live(job: &Job, index: u32, dir: &Path, pipes: &Pipes) -> Result<Vec<Backend>> {
+fn live(job: &Job, index: u32, pipes: &Pipes) -> Result<Vec<Backend>> {
     leave_standard_streams()?;
     let mut backends = Vec::with_capacity(job.files.len());
     for file in &job.files {
@@ -61,7 +57,6 @@ fn live(job: &Job, index: u32, dir: &Path, pipes: &Pipes) -> Result<Vec<Backend>
         }
         touch(&job.simulate, job, index, backend)?;
     }
-    log(dir, job, index)?;
     send(pipes, &format!("ready {index}"));
     wait_for_release(pipes)?;
     process::clear_parent_death_signal()?;
@@ -103,25 +98,6 @@ fn watch_rom(file: &Mapped, backend: &Backend, index: u32, pipes: &Pipes) -> Res
     let range = backend.address_range();
     let message = format!("fault {index} {} {} {}\n", range.start, range.end, file.name);
     process::pause_at_fault(&pipes.messages, &pipes.fault, message.into_bytes().leak())
-}
-
-fn log(dir: &Path, job: &Job, index: u32) -> Result<()> {
-    let path = dir.join("log");
-    let failed = |e| Error::io("cannot write the log of a clone", &path, e);
-    let mut file = open_log(dir, LOG)?;
-    for mapped in &job.files {
-        writeln!(file, "mapped {} as {}", mapped.path.display(), if mapped.rom { "rom" } else { "ram" })
-            .map_err(failed)?;
-    }
-    let touched = job.touched;
-    writeln!(
-        file,
-        "clone {index}: read {}, wrote {} of {}",
-        counted(touched.read_pages, "page", "pages"),
-        counted(touched.written_pages, "page", "pages"),
-        job.touch
-    )
-    .map_err(failed)
 }
 
 /// Sends one line in one write, so that lines of several workers do not interleave.

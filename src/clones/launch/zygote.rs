@@ -1,7 +1,7 @@
 //! The zygote, the parent process of simulated clones: a small process with a single thread, so that forking is safe
 //! and cheap.
 //!
-//! The zygote reads from standard input: one line of JSON (the job), then `start INDEX DIR` for each clone, and finally
+//! The zygote reads from standard input: one line of JSON (the job), then `start INDEX` for each clone, and finally
 //! `release`. It writes to standard output: `started INDEX PID IDENTITY`, `ready INDEX`, `failed INDEX REASON`
 //! and `released`. End of input before `release` means that the launcher died: the zygote exits, and its workers die with
 //! it.
@@ -9,10 +9,10 @@
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
@@ -21,6 +21,7 @@ use super::worker::{self, Pipes};
 use crate::clones::counted;
 use crate::error::{Error, Result};
 use crate::sys::memory::pagemap::Pagemap;
+use crate::sys::poll::poll_for;
 use crate::sys::process::{self, Fork, ProcessId};
 
 /// The argument that makes this program a zygote.
@@ -40,7 +41,7 @@ pub fn main() -> ExitCode {
 /// A worker that still depends on the zygote.
 #[derive(Debug)]
 struct Worker {
-    index: u32,
+    pid: u32,
     /// The reason that the worker reported for its failure.
     failure: Option<String>,
     ready: bool,
@@ -53,7 +54,7 @@ enum Next {
     /// Exits.
     Exit,
     /// Runs a worker: this process is the forked child.
-    Work { index: u32, dir: PathBuf, zygote: u32 },
+    Work { index: u32, zygote: u32 },
 }
 
 struct Zygote {
@@ -64,8 +65,21 @@ struct Zygote {
     pipes: Pipes,
     release: OwnedFd,
     fault: OwnedFd,
+    /// Readable when a worker has exited.
+    exits: OwnedFd,
+    /// The workers by index.
     workers: BTreeMap<u32, Worker>,
+    /// Number of ready workers that have not exited.
+    ready: usize,
+    /// Number of workers that no longer depend on the zygote.
     free: usize,
+}
+
+/// What has happened during a wait.
+struct Events {
+    launcher: bool,
+    workers: bool,
+    exits: bool,
 }
 
 impl Zygote {
@@ -88,54 +102,62 @@ impl Zygote {
             pipes: Pipes { messages: send, release: wait_release, fault: wait_fault },
             release,
             fault,
+            exits: process::child_exits()?,
             workers: BTreeMap::new(),
+            ready: 0,
             free: 0,
         })
     }
 
     fn serve(mut self) -> Result<()> {
         loop {
-            let (from_launcher, from_workers) = self.wait()?;
-            if from_workers {
-                self.read_messages()?;
-            }
-            self.reap()?;
-            if from_launcher {
+            let events = self.wait()?;
+            self.handle_workers(&events)?;
+            if events.launcher {
                 match self.handle_request()? {
                     Next::Continue => {}
                     Next::Exit => return Ok(()),
-                    Next::Work { index, dir, zygote } => self.work(index, &dir, zygote),
+                    Next::Work { index, zygote } => self.work(index, zygote),
                 }
             }
         }
     }
 
     /// Runs a worker in its forked process, after closing the zygote's ends of the pipes.
-    fn work(self, index: u32, dir: &Path, zygote: u32) -> ! {
-        let Zygote { job, pipes, messages, release, fault, workers, .. } = self;
-        drop((messages, release, fault));
+    fn work(self, index: u32, zygote: u32) -> ! {
+        let Zygote { job, pipes, messages, release, fault, exits, workers, .. } = self;
+        drop((messages, release, fault, exits));
         // Dropping the map would write to its pages, which would copy them.
         std::mem::forget(workers);
-        worker::run(&job, index, dir, zygote, pipes)
+        worker::run(&job, index, zygote, pipes)
     }
 
-    /// Waits for input from the launcher or the workers; at most 10 ms while workers exist, so that exits are noticed.
-    fn wait(&self) -> Result<(bool, bool)> {
-        if !self.input.buffer().is_empty() {
-            return Ok((true, false));
-        }
+    /// Waits for the launcher or the workers.
+    fn wait(&self) -> Result<Events> {
         let stdin = io::stdin();
-        let mut fds = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&self.messages, PollFlags::IN)];
-        let interval = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
-        match poll(&mut fds, (!self.workers.is_empty()).then_some(&interval)) {
+        let buffered = !self.input.buffer().is_empty();
+        let on = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = [on(stdin.as_fd()), on(self.messages.as_fd()), on(self.exits.as_fd())];
+        match poll_for(&mut fds, buffered.then_some(Duration::ZERO)) {
             Ok(_) | Err(Errno::INTR) => {
-                let [launcher, workers] = &fds;
-                Ok((!launcher.revents().is_empty(), !workers.revents().is_empty()))
+                let [launcher, workers, exits] = fds.map(|fd| !fd.revents().is_empty());
+                Ok(Events { launcher: launcher || buffered, workers, exits })
             }
             Err(e) => {
                 Err(Error::failed("cannot wait for the launcher and the simulated clones").because(e.into()))
             }
         }
+    }
+
+    fn handle_workers(&mut self, events: &Events) -> Result<()> {
+        if events.workers {
+            self.read_messages()?;
+        }
+        if events.exits {
+            process::clear_child_exits(&self.exits);
+            self.reap()?;
+        }
+        Ok(())
     }
 
     /// Handles one request of the launcher.
@@ -145,14 +167,13 @@ impl Zygote {
         if got.map_err(|e| Error::io("cannot read from the launcher", "standard input", e))? == 0 {
             return Ok(Next::Exit);
         }
-        let mut words = line.trim_end_matches('\n').splitn(3, ' ');
-        match (words.next(), words.next(), words.next()) {
-            (Some("start"), Some(index), Some(dir)) => {
+        match line.trim_end().split_once(' ') {
+            Some(("start", index)) => {
                 let index =
                     index.parse().map_err(|_| Error::usage(format!("invalid clone index '{index}'")))?;
-                self.fork(index, PathBuf::from(dir))
+                self.fork(index)
             }
-            (Some("release"), ..) => {
+            None if line == "release\n" => {
                 self.release_workers()?;
                 tell("released")?;
                 Ok(Next::Exit)
@@ -161,12 +182,12 @@ impl Zygote {
         }
     }
 
-    fn fork(&mut self, index: u32, dir: PathBuf) -> Result<Next> {
+    fn fork(&mut self, index: u32) -> Result<Next> {
         let zygote = std::process::id();
         match process::fork_single_threaded() {
-            Ok(Fork::Child) => return Ok(Next::Work { index, dir, zygote }),
+            Ok(Fork::Child) => return Ok(Next::Work { index, zygote }),
             Ok(Fork::Parent(pid)) => {
-                self.workers.insert(pid, Worker { index, failure: None, ready: false });
+                self.workers.insert(index, Worker { pid, failure: None, ready: false });
                 let identity = ProcessId::of(pid)?.map_or(0, |id| id.identity);
                 tell(&format!("started {index} {pid} {identity}"))?;
             }
@@ -195,12 +216,12 @@ impl Zygote {
         let mut words = line.splitn(3, ' ');
         let (verb, index, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
         let Some(index) = index.and_then(|i| i.parse::<u32>().ok()) else { return Ok(()) };
-        let Some((&pid, worker)) = self.workers.iter_mut().find(|(_, w)| w.index == index) else {
-            return Ok(());
-        };
+        let Some(worker) = self.workers.get_mut(&index) else { return Ok(()) };
+        let pid = worker.pid;
         match verb {
             Some("ready") => {
                 worker.ready = true;
+                self.ready += 1;
                 tell(line)
             }
             Some("free") => {
@@ -239,21 +260,23 @@ impl Zygote {
         while let Some((pid, ended)) = process::reap_one()? {
             // The worker's last message may still be in the pipe.
             self.drain()?;
-            let Some(worker) = self.workers.remove(&pid) else { continue };
+            let Some(index) = self.workers.iter().find(|(_, w)| w.pid == pid).map(|(index, _)| *index) else {
+                continue;
+            };
+            let Some(worker) = self.workers.remove(&index) else { continue };
+            self.ready -= usize::from(worker.ready);
             let why = match (worker.failure, ended) {
                 (Some(failure), process::Ended::Signal(_)) => format!("{ended}: {failure}"),
                 (Some(failure), process::Ended::Code(_)) => failure,
                 (None, _) => ended.to_string(),
             };
-            tell(&format!("failed {} {why}", worker.index))?;
+            tell(&format!("failed {index} {why}"))?;
         }
         Ok(())
     }
 
     fn drain(&mut self) -> Result<()> {
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        while poll(&mut [PollFd::new(&self.messages.as_fd(), PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
-        {
+        while poll_for(&mut [PollFd::new(&self.messages, PollFlags::IN)], Some(Duration::ZERO)) == Ok(1) {
             self.read_messages()?;
         }
         Ok(())
@@ -261,7 +284,7 @@ impl Zygote {
 
     /// Releases all ready workers, and waits until each has reported that it no longer depends on this process.
     fn release_workers(&mut self) -> Result<()> {
-        let ready = self.workers.values().filter(|w| w.ready).count();
+        let ready = self.ready;
         let mut sent = 0;
         while self.free < ready {
             // Fewer bytes than the pipe's capacity: a write to a full pipe would block this thread.
@@ -270,22 +293,14 @@ impl Zygote {
                     .map_err(|e| Error::failed("cannot release a worker").because(e.into()))?;
                 sent += 1;
             }
-            self.drain_or_wait()?;
-            let before = self.workers.values().filter(|w| w.ready).count();
-            self.reap()?;
-            if self.workers.values().filter(|w| w.ready).count() < before {
+            let events = self.wait()?;
+            self.handle_workers(&events)?;
+            if events.launcher {
+                return Err(Error::failed("the launcher ended"));
+            }
+            if self.ready < ready {
                 return Err(Error::failed("a simulated clone exited before the launch was complete"));
             }
-        }
-        Ok(())
-    }
-
-    fn drain_or_wait(&mut self) -> Result<()> {
-        let interval = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
-        if poll(&mut [PollFd::new(&self.messages.as_fd(), PollFlags::IN)], Some(&interval))
-            .is_ok_and(|n| n > 0)
-        {
-            self.read_messages()?;
         }
         Ok(())
     }

@@ -205,18 +205,24 @@ impl Entry {
     /// # Errors
     /// Returns an error if the record cannot be written or has an invalid field, so that it could not be read again.
     pub fn save(&self) -> Result<()> {
+        let all = runtime::open(CLONES)?.ok_or(ErrorKind::NotFound.into());
+        let directory = all.and_then(|all| trusted_folder(&all, self.dir.file_name().unwrap_or_default()));
+        self.save_in(&directory.map_err(|e| self.not_written(e))?)
+    }
+
+    /// Same as [`save`](Self::save), in the open directory of the clone.
+    pub(super) fn save_in(&self, directory: &Directory) -> Result<()> {
         if let Some(field) = self.problem_of_fields() {
             return Err(Error::usage(format!("invalid {field} of a clone")).at(&self.dir).hint(
                 "use only letters, digits, '.', '_' and '-' in the names of disks: see 'stencil inspect --recipe'",
             ));
         }
-        let write = |directory: &Directory| runtime::replace(directory, RECORD, &serde_json::to_vec(self)?);
-        let name = self.dir.file_name().unwrap_or_default();
-        let written = match runtime::open(CLONES)? {
-            Some(all) => trusted_folder(&all, name).and_then(|directory| write(&directory)),
-            None => Err(ErrorKind::NotFound.into()),
-        };
-        written.map_err(|e| runtime::failed("cannot write the record of a clone", &self.dir.join(RECORD), e))
+        let text = serde_json::to_vec(self).map_err(std::io::Error::from);
+        text.and_then(|text| runtime::replace(directory, RECORD, &text)).map_err(|e| self.not_written(e))
+    }
+
+    fn not_written(&self, e: std::io::Error) -> Error {
+        runtime::failed("cannot write the record of a clone", &self.dir.join(RECORD), e)
     }
 
     /// Returns the name of an invalid field. Numbers and names of a record select the processes that are signalled and
@@ -248,7 +254,8 @@ impl Entry {
     /// # Errors
     /// Returns an error if the log cannot be opened or is not a regular file.
     pub fn open_log(&self, name: &str) -> Result<fs::File> {
-        open_log(&self.dir, name)
+        let opened = Directory::open(&self.dir).and_then(|directory| runtime::append(&directory, name));
+        opened.map_err(|e| runtime::failed("cannot write the log of a clone", &self.dir.join(name), e))
     }
 
     /// Reads the log or another file in the clone's directory. Returns `None` if the file does not exist.
@@ -288,15 +295,6 @@ impl Entry {
     }
 }
 
-/// Opens a log in a clone's directory for appending.
-///
-/// # Errors
-/// Returns an error if the log cannot be opened or is not a regular file.
-pub fn open_log(dir: &Path, name: &str) -> Result<fs::File> {
-    let opened = Directory::open(dir).and_then(|directory| runtime::append(&directory, name));
-    opened.map_err(|e| runtime::failed("cannot write the log of a clone", &dir.join(name), e))
-}
-
 fn if_any<T>(found: std::io::Result<T>) -> std::io::Result<Option<T>> {
     match found {
         Ok(found) => Ok(Some(found)),
@@ -306,7 +304,7 @@ fn if_any<T>(found: std::io::Result<T>) -> std::io::Result<Option<T>> {
 }
 
 pub(super) fn remove_directory(path: &Path) -> Result<()> {
-    // A worker that is exiting may still create its log.
+    // A process that is exiting may still create files.
     for _ in 0..50 {
         match fs::remove_dir_all(path) {
             Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => {

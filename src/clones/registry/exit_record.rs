@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::entry::Entry;
 use super::layout::CLONES;
 use crate::control::runtime::{self, MAX_RECORD, trusted_folder};
+use crate::sys::files::directory::Directory;
 use crate::sys::process::exit_status::ExitStatus;
 
 const ENDING: &str = "ending.json";
@@ -36,13 +37,12 @@ impl Ending {
         Ending { at, exit_code, signal }
     }
 
-    /// Writes the exit record into the clone's directory.
+    /// Writes the exit record into the clone's directory below the directory of all clones.
     ///
     /// # Errors
     /// Returns an error if the directory does not exist or cannot be written.
-    pub fn save(&self, entry: &Entry) -> io::Result<()> {
-        let all = runtime::open(CLONES).map_err(io::Error::other)?.ok_or(io::ErrorKind::NotFound)?;
-        let directory = trusted_folder(&all, &entry.id)?;
+    pub fn save(&self, clones: &Directory, id: &str) -> io::Result<()> {
+        let directory = trusted_folder(clones, id)?;
         runtime::replace(&directory, ENDING, &serde_json::to_vec(self)?)
     }
 

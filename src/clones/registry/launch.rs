@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::entry::{CloneStore, Entry, Kind, Touched, remove_directory};
+use super::entry::{CloneStore, Entry, Kind, LOG, Touched, remove_directory};
 use super::layout::{CLONES, LAUNCHES, clones_dir, random_id};
 use super::process_tree::{self, ProcessTrees};
 use super::records::list;
@@ -18,6 +18,7 @@ use crate::clones::counted;
 use crate::control::places;
 use crate::control::runtime::{self, is_plain_name, trusted_file};
 use crate::error::{Error, Result};
+use crate::sys::files::directory::Directory;
 use crate::sys::files::file_locks;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
@@ -40,6 +41,8 @@ pub struct NewEntry<'a> {
     pub kind: Kind,
     /// Number of the clone within its launch, from 0.
     pub index: u32,
+    /// The process, if it was started before the record.
+    pub process: Option<ProcessId>,
     /// Pages that a simulated clone is to touch.
     pub touched: Option<Touched>,
     /// Directory of the disks, if it is not the clone's directory.
@@ -57,6 +60,8 @@ pub struct Launch {
     /// Locked shared, and inherited by every child until it executes its program. A process that gets the exclusive
     /// lock can identify all processes of this launch by their environment.
     marker: OnceLock<fs::File>,
+    /// The directory of all records.
+    clones: OnceLock<Directory>,
     baseline: Option<Baseline>,
     watchdog: Option<ProcessId>,
 }
@@ -73,7 +78,7 @@ impl Launch {
         if let Some(namespace) = probe::pid_namespace() {
             id.push_str(&format!(".{namespace}"));
         }
-        Ok(Launch { id, marker: OnceLock::new(), baseline: None, watchdog: None })
+        Ok(Launch { id, marker: OnceLock::new(), clones: OnceLock::new(), baseline: None, watchdog: None })
     }
 
     /// Creates the marker. From now on, the clones of this launch are stopped if this process dies.
@@ -91,6 +96,8 @@ impl Launch {
         let marker =
             make().map_err(|e| runtime::failed("cannot start a launch", &all.path_of(&self.id), e))?;
         self.marker.get_or_init(|| marker);
+        let clones = runtime::create(CLONES)?;
+        self.clones.get_or_init(|| clones);
         Ok(())
     }
 
@@ -114,16 +121,17 @@ impl Launch {
     /// # Errors
     /// Returns an error if the runtime directory cannot be written.
     pub fn create(&self, new: &NewEntry<'_>) -> Result<Entry> {
-        let all = runtime::create(CLONES)?;
+        let all = self.clones()?;
         let failed = |path: &Path, e| runtime::failed("cannot create the directory of a clone", path, e);
         // The directory is renamed into place with its record. An incomplete directory has the launch's id in its name.
         let staged = format!("{}{}", staging_prefix(&self.id), new.index);
         let staging = all.path_of(&staged);
-        all.create_folder(&staged, 0o700).map_err(|e| failed(&staging, e))?;
+        let directory = all.create_folder(&staged, 0o700).map_err(|e| failed(&staging, e))?;
+        let process = new.process.unwrap_or(ProcessId { pid: 0, identity: 0 });
         let mut entry = Entry {
             id: String::new(),
-            pid: 0,
-            identity: 0,
+            pid: process.pid,
+            identity: process.identity,
             name: new.name.to_owned(),
             template: new.template.to_owned(),
             store: new.store.clone(),
@@ -145,16 +153,30 @@ impl Launch {
         };
         loop {
             entry.id = random_id()?;
-            entry.dir.clone_from(&staging);
-            entry.save()?;
+            entry.save_in(&directory)?;
             entry.dir = all.path_of(&entry.id);
-            match all.rename(&staged, &all, &entry.id) {
+            match all.rename(&staged, all, &entry.id) {
                 Ok(()) => return Ok(entry),
                 // A directory that is not empty belongs to another clone.
                 Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
                 Err(e) => return Err(failed(&entry.dir, e)),
             }
         }
+    }
+
+    /// Writes the log of a clone that has none.
+    ///
+    /// # Errors
+    /// Returns an error if the log cannot be written.
+    pub fn write_log(&self, entry: &Entry, text: &str) -> Result<()> {
+        let created = self.clones()?.create(Path::new(&entry.id).join(LOG), 0o600);
+        created
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .map_err(|e| runtime::failed("cannot write the log of a clone", &entry.log_path(), e))
+    }
+
+    fn clones(&self) -> Result<&Directory> {
+        self.clones.get().ok_or_else(|| Error::failed("the launch was not started"))
     }
 
     /// Releases all clones of this launch at once.

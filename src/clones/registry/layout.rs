@@ -1,10 +1,12 @@
 //! Names in the runtime directory: the directories of clones, the markers of launches, and the ids of both.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::control::runtime::{self, is_plain_name};
 use crate::error::{Error, Result};
-use crate::sys::process::procfs;
+use crate::sys::files::directory::Directory;
 
 /// File in a clone's directory with its record.
 pub(super) const RECORD: &str = "clone.json";
@@ -18,7 +20,15 @@ pub fn runtime_root() -> PathBuf {
     runtime::runtime_dir()
 }
 
-/// Returns the directory of all records.
+/// Opens the directory of all records. Returns `None` if it does not exist.
+///
+/// # Errors
+/// Returns an error if the directory cannot be opened, or another user owns it or can write it.
+pub fn clones() -> Result<Option<Directory>> {
+    runtime::open(CLONES)
+}
+
+/// Returns the path of the directory of all records.
 pub(super) fn clones_dir() -> PathBuf {
     runtime_root().join(CLONES)
 }
@@ -31,13 +41,11 @@ pub fn is_held(launch: &str) -> bool {
 /// Returns a random id: `c` and seven hex digits.
 ///
 /// # Errors
-/// Returns an error if the kernel returns no random UUID.
+/// Returns an error if the kernel returns no random number.
 pub fn random_id() -> Result<String> {
-    let path = Path::new("/proc/sys/kernel/random/uuid");
-    let uuid = procfs::read_text(path)?;
-    let hex: String = uuid.chars().filter(char::is_ascii_hexdigit).take(7).collect();
-    if hex.len() < 7 {
-        return Err(Error::failed("the kernel returned no random UUID").at(path));
-    }
-    Ok(format!("c{hex}"))
+    let mut bytes = [0; 4];
+    // getrandom(2) neither returns fewer bytes nor EINTR for up to 256 bytes.
+    getrandom(&mut bytes[..], GetRandomFlags::empty())
+        .map_err(|e| Error::failed("cannot read a random number").because(e.into()))?;
+    Ok(format!("c{:07x}", u32::from_ne_bytes(bytes) >> 4))
 }

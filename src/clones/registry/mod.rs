@@ -16,9 +16,8 @@ mod records;
 
 pub use entry::{
     API_SOCKET, CloneStore, Entry, Kind, LOG, QMP_SOCKET, SERIAL_INPUT, SERIAL_LOG, Touched, VMM_LOG,
-    open_log,
 };
 pub use exit_record::Ending;
 pub use launch::{Launch, NewEntry, abort, sweep};
-pub use layout::{is_held, random_id, runtime_root};
+pub use layout::{clones, is_held, random_id, runtime_root};
 pub use records::{find, list, list_and_unread, wait_for_watchdogs};

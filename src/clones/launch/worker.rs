@@ -78,6 +78,10 @@ pub(super) fn leave_standard_streams() -> Result<()> {
 fn touch(simulate: &Simulate, job: &Job, index: u32, backend: &Backend) -> Result<()> {
     let pages = simulate.pages(backend.len(), index);
     let written = job.touched.written_pages;
+    // A fault on a read maps a huge folio of the page cache as a whole, unless a write before has split the range.
+    for place in written..written + job.touched.read_pages {
+        backend.touch(PageIndex::new(pages.at(place)))?;
+    }
     for place in 0..written {
         let page = pages.at(place);
         // Unique for each page of each clone, so that only a private copy of the page can hold the value.
@@ -85,9 +89,6 @@ fn touch(simulate: &Simulate, job: &Job, index: u32, backend: &Backend) -> Resul
         for (offset, byte) in value.to_le_bytes().into_iter().enumerate() {
             backend.poke(MemoryOffset::new(page * PAGE_SIZE + offset as u64), byte)?;
         }
-    }
-    for place in written..written + job.touched.read_pages {
-        backend.touch(PageIndex::new(pages.at(place)))?;
     }
     Ok(())
 }

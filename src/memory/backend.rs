@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result, errno_text};
 use crate::sys::memory::mapping::{Advice, Mapping, Protection, Request, Sharing};
 use crate::sys::memory::pagemap::Pagemap;
-use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex};
+use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE, MemoryOffset, PAGE_SIZE, PageIndex, to_usize};
 
 use super::dirty::{PageRange, page_ranges};
 use super::file::{self, Undo};
@@ -260,6 +260,20 @@ impl Backend {
     /// Returns [`Code::Usage`](crate::error::Code::Usage) for an offset outside of the memory.
     pub fn poke(&self, at: MemoryOffset, value: u8) -> Result<()> {
         self.0.mapping.store(at, value).map_err(|e| self.refused("write", at, 1, &e))
+    }
+
+    /// Copies pages that the guest will write, before it does (`MADV_POPULATE_WRITE`): each page of the range is then dirty,
+    /// as after a write of the bytes that it has. Written pages of a working set are such pages.
+    ///
+    /// # Errors
+    /// Returns [`Code::Usage`](crate::error::Code::Usage) for a range outside of the memory, and
+    /// [`Code::Failed`](crate::error::Code::Failed) for ROM or if a page is not available.
+    pub fn prefault_writes(&self, pages: std::ops::Range<PageIndex>) -> Result<()> {
+        let byte = |page: PageIndex| page.get().saturating_mul(PAGE_SIZE);
+        let (start, end) = (byte(pages.start), byte(pages.end));
+        let length = to_usize(end.saturating_sub(start));
+        let done = self.0.mapping.advise(start..end, Advice::PopulateWrite);
+        done.map_err(|e| self.refused("write", MemoryOffset::new(start), length, &e))
     }
 
     /// Returns the pages that this process has copied since the mapping was created, as page ranges from the start of

@@ -258,6 +258,32 @@ fn recordings_are_merged_and_travel_with_the_template() {
 }
 
 #[test]
+fn pages_that_every_recording_has_written_are_copied_at_the_launch() {
+    let _host = host::shared();
+    let world = World::new("passthrough");
+    world.record(SIMULATED);
+    let prefault = "read=0p,write=0p,prefault=written";
+    let dirty = || {
+        let launched = world.mount.json(&["clone", "web:1", "--simulate", prefault]);
+        let pid = launched["clones"][0]["pid"].to_string();
+        let found = world.mount.json(&["dirty", "--ranges", &pid]);
+        world.mount.stencil(&["stop", "--all"]).ok();
+        let range = |range: &Value| {
+            let first = range["first_page"].as_u64().unwrap();
+            first..first + range["pages"].as_u64().unwrap()
+        };
+        each(found["ranges"].as_array().unwrap().iter().map(range))
+    };
+    assert_eq!(dirty(), simulated().0);
+    // Another recording has not written these pages.
+    world.record("read=0p,write=1p,seed=8");
+    assert_eq!(dirty(), BTreeSet::new());
+    world.mount.stencil(&["working-set", "rm", "web:1"]).ok();
+    let clone = ["clone", "web:1", "--simulate", prefault];
+    world.mount.stencil(&clone).exits(4).says("no working set 'default'");
+}
+
+#[test]
 fn a_set_of_pages_outside_of_the_file_reads_only_the_file() {
     let _host = host::shared();
     let world = World::new("decode");

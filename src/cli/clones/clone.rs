@@ -1,5 +1,6 @@
 //! `stencil clone`: launches processes that map one template.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -59,7 +60,8 @@ pub struct CloneArgs {
     #[arg(long)]
     keep_going: bool,
     /// Launch simulated clones, which map the memory and touch pages, instead of a VMM:
-    /// read=AMOUNT,write=AMOUNT[,seed=N][,file=NAME]; an AMOUNT is a share (5%), pages (1024p) or bytes (4M)
+    /// read=AMOUNT,write=AMOUNT, optionally with seed=N, file=NAME and prefault=written; an AMOUNT is a share (5%), pages
+    /// (1024p) or bytes (4M); prefault=written copies the pages that all recordings of the working set have written
     #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
     simulate: Option<Simulate>,
     /// Directory for the disks of the clones; each disk is removed with its clone [default: the runtime directory of
@@ -186,6 +188,10 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         keep_going: args.keep_going,
         ready_timeout: Duration::from_secs(args.timeout.into()),
         disk_dir: args.disk_dir.as_deref().map(disk_directory).transpose()?,
+        prefault: match &args.simulate {
+            Some(Simulate { prefault: true, .. }) => args.working_set.written(&store, &target)?,
+            _ => BTreeMap::new(),
+        },
         cancel: &cancel,
     };
     if global.shows_progress() {

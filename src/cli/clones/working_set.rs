@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
@@ -23,7 +24,7 @@ use crate::clones::working_set::{Warmed, drop_unmapped, record, warm};
 use crate::control;
 use crate::error::{Error, Result};
 use crate::progress::Silent;
-use crate::store::{DEFAULT_SET, Digest, Store, TemplateRef, WorkingSet, check_name};
+use crate::store::{DEFAULT_SET, Digest, FileSet, Store, TemplateRef, WorkingSet, check_name};
 use crate::sys::process::{avoid_huge_pages, threads};
 use crate::units::{Bytes, PageCount};
 
@@ -132,7 +133,7 @@ impl Recorded {
     fn add(store: &Store, set: &str, pid: u32, duration: Duration, stop: &AtomicBool) -> Result<Recorded> {
         let (digest, used) = record(pid, &control::mounts()?, duration, stop)?;
         let merged = store.add_recording(&digest, set, &used)?;
-        let count = |ranges: &[std::ops::Range<u64>]| -> PageCount {
+        let count = |ranges: &[Range<u64>]| -> PageCount {
             ranges.iter().map(|range| PageCount::new(range.end - range.start)).sum()
         };
         Ok(Recorded {
@@ -311,6 +312,19 @@ impl LaunchSet {
             threads::start(move || warm(&dir, &files, &set, &stop, &Silent))
         };
         Ok(Launching { args: self, warming: set.map(start).transpose()? })
+    }
+}
+
+impl LaunchSet {
+    /// Returns the pages of each file that all recordings of the set have written.
+    ///
+    /// # Errors
+    /// Returns `Code::NotFound` if the template has no such set.
+    pub fn written(&self, store: &Store, target: &Target) -> Result<BTreeMap<String, Vec<Range<u64>>>> {
+        let set = store.working_sets(&target.digest)?.remove(&self.working_set);
+        let set = set.ok_or_else(|| no_set(&target.name, &self.working_set))?;
+        let written = |(name, file): (String, FileSet)| (name, file.written.in_all(set.recordings));
+        Ok(set.files.into_iter().map(written).collect())
     }
 }
 

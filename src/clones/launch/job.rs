@@ -1,5 +1,6 @@
 //! The job of a zygote: the files that its workers map, and the pages that they touch.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,8 @@ pub struct Order {
     pub touch: String,
     /// How many pages to read and to write.
     pub touched: Touched,
+    /// Pages of that file to copy before it is touched.
+    pub prefault: Vec<Range<u64>>,
 }
 
 /// A file to map.
@@ -47,6 +50,8 @@ pub struct Job {
     pub touch: String,
     /// How many pages to read and to write.
     pub touched: Touched,
+    /// Pages of that file to copy before it is touched.
+    pub prefault: Vec<Range<u64>>,
 }
 
 /// A file to map, with the plan of its mapping.
@@ -96,6 +101,7 @@ impl Job {
             files: files.collect::<Result<_>>()?,
             touch: order.touch,
             touched: order.touched,
+            prefault: order.prefault,
         })
     }
 }

@@ -1,5 +1,7 @@
 //! The request and the result of a launch.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -104,6 +106,8 @@ pub struct LaunchRequest<'a> {
     pub ready_timeout: Duration,
     /// Absolute path of the directory for the clones' disks; `None` for each clone's own directory.
     pub disk_dir: Option<PathBuf>,
+    /// For simulated clones: pages of each file to copy before the clone touches others.
+    pub prefault: BTreeMap<String, Vec<Range<u64>>>,
     /// Cancels the launch when set.
     pub cancel: &'a AtomicBool,
 }

@@ -52,7 +52,7 @@ impl FromStr for Amount {
     }
 }
 
-/// The value of `--simulate`: `read=P%,write=P%[,seed=N][,file=NAME]`.
+/// The value of `--simulate`: `read=P%,write=P%[,seed=N][,file=NAME][,prefault=written]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Simulate {
     /// Pages to read but not to write.
@@ -63,6 +63,8 @@ pub struct Simulate {
     pub seed: u64,
     /// The memory file to touch; `None` for the first RAM file.
     pub file: Option<String>,
+    /// True if the pages that all recordings of the working set have written are copied before the others are touched.
+    pub prefault: bool,
 }
 
 impl FromStr for Simulate {
@@ -70,7 +72,7 @@ impl FromStr for Simulate {
 
     fn from_str(text: &str) -> Result<Simulate> {
         let none = Amount::Pages(PageCount::ZERO);
-        let mut simulate = Simulate { read: none, write: none, seed: 0, file: None };
+        let mut simulate = Simulate { read: none, write: none, seed: 0, file: None, prefault: false };
         for word in text.split(',').filter(|w| !w.is_empty()) {
             match word.split_once('=') {
                 Some(("read", amount)) => simulate.read = amount.parse()?,
@@ -82,9 +84,11 @@ impl FromStr for Simulate {
                     })?;
                 }
                 Some(("file", name)) => simulate.file = Some(name.to_owned()),
+                Some(("prefault", "written")) => simulate.prefault = true,
                 _ => {
-                    return Err(Error::usage(format!("unknown part '{word}' in --simulate"))
-                        .hint("write read=P%,write=P%, optionally with seed=N and file=NAME"));
+                    return Err(Error::usage(format!("unknown part '{word}' in --simulate")).hint(
+                        "write read=P%,write=P%, optionally with seed=N, file=NAME and prefault=written",
+                    ));
                 }
             }
         }
@@ -100,7 +104,8 @@ impl std::fmt::Display for Simulate {
             Amount::Pages(pages) => format!("{}p", pages.get()),
         };
         write!(f, "read={},write={},seed={}", amount(self.read), amount(self.write), self.seed)?;
-        self.file.iter().try_for_each(|file| write!(f, ",file={file}"))
+        self.file.iter().try_for_each(|file| write!(f, ",file={file}"))?;
+        if self.prefault { write!(f, ",prefault=written") } else { Ok(()) }
     }
 }
 
@@ -184,15 +189,23 @@ mod tests {
 
     #[test]
     fn parses_amounts_and_rejects_invalid_ones() {
-        let simulate: Simulate = "read=10%,write=1024p,seed=7,file=rom".parse().unwrap();
+        let simulate: Simulate = "read=10%,write=1024p,seed=7,file=rom,prefault=written".parse().unwrap();
         assert_eq!(simulate.to_string().parse::<Simulate>().unwrap(), simulate);
         let touched = simulate.touched(Bytes::new(64 << 20)).unwrap();
         assert_eq!(touched, Touched { read_pages: 1638, written_pages: 1024 });
         let four: Simulate = "write=4M".parse().unwrap();
         assert_eq!(four.touched(Bytes::new(64 << 20)).unwrap().written_pages, 1024);
-        for invalid in
-            ["write=101%", "write=-1%", "write=5", "write=x", "frob=1", "read", "seed=-1", "write=nan%"]
-        {
+        for invalid in [
+            "write=101%",
+            "write=-1%",
+            "write=5",
+            "write=x",
+            "frob=1",
+            "prefault=all",
+            "read",
+            "seed=-1",
+            "write=nan%",
+        ] {
             assert!(invalid.parse::<Simulate>().is_err(), "{invalid}");
         }
         let much: Simulate = "read=60%,write=60%".parse().unwrap();

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::store::{FileKind, TemplateFile};
 use crate::sys::poll::poll_for;
 use crate::sys::process::{ProcessId, own_session};
-use crate::units::Bytes;
+use crate::units::{Bytes, PAGE_SIZE};
 
 /// Interval of the checks whether the launch was cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
@@ -233,7 +233,12 @@ fn order(files: &[TemplateFile], active: &ActiveLaunch<'_>, simulate: &Simulate)
         rom: f.kind == FileKind::Rom,
     };
     let files = memory.iter().map(file).collect();
-    Ok(job::Order { simulate: simulate.to_string(), files, touch: touch.name.clone(), touched })
+    let last = touch.size.get().div_ceil(PAGE_SIZE);
+    let written = active.order.prefault.get(&touch.name);
+    let in_file = written.into_iter().flatten().map(|pages| pages.start.min(last)..pages.end.min(last));
+    let prefault = in_file.filter(|pages| !pages.is_empty()).collect();
+    let touch = touch.name.clone();
+    Ok(job::Order { simulate: simulate.to_string(), files, touch, touched, prefault })
 }
 
 fn start(order: &job::Order) -> Result<Held> {

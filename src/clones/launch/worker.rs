@@ -55,6 +55,9 @@ fn live(job: &Job, index: u32, pipes: &Pipes) -> Result<Vec<Backend>> {
         if file.rom && job.touched.written_pages > 0 {
             watch_rom(file, backend, index, pipes)?;
         }
+        for pages in &job.prefault {
+            backend.prefault_writes(PageIndex::new(pages.start)..PageIndex::new(pages.end))?;
+        }
         touch(&job.simulate, job, index, backend)?;
     }
     send(pipes, &format!("ready {index}"));

@@ -25,7 +25,7 @@ unprivileged := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/su
 
 # Targets must not run in parallel: they share the host.
 .NOTPARALLEL:
-.PHONY: help setup build demo test test-unit coverage soak check bench docs-record install install-files install-symbols uninstall deb deb-files clean
+.PHONY: help setup build demo test test-unit coverage soak check bench bench-quick bench-check docs-record install install-files install-symbols uninstall deb deb-files clean
 
 help:
 	@echo 'make setup    install the packages for building and testing (Debian 12) and print their versions'
@@ -36,7 +36,9 @@ help:
 	@echo 'make coverage  report the lines of supervisor and server that the unit tests run; fails below 85 %'
 	@echo 'make soak     run the soak, kill, crash and fuzz tests with higher repeat counts (runs setup and build)'
 	@echo 'make check    check format, lints, API documentation, licences and sources of crates; warnings are errors'
-	@echo 'make bench    measure import and cold-read throughput, with ratios to the raw file'
+	@echo 'make bench    measure every operation beside its floor and peers, write tests/bench/bench.json and the tables in docs'
+	@echo 'make bench-quick  the same in short; fails if a ratio is worse than half its goal'
+	@echo 'make bench-check  compare tests/bench/bench.json with the goals, and the tables in docs with it'
 	@echo 'make docs-record  run the commands in the documentation, record their output there, draw docs/tutorial.svg'
 	@echo 'make install  build, then install into $$DESTDIR$$PREFIX (PREFIX=$(PREFIX)); the mount(8) helper into $$DESTDIR$$SBINDIR ($(SBINDIR))'
 	@echo 'make install-files  install the programs in $$(bin) ($(bin)) without building, for a root user without cargo'
@@ -72,8 +74,9 @@ coverage:
 soak: setup build
 	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --workspace --test suite -- soak kill crash
 	STENCIL_SOAK=1 $(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins $(all_features) --cargo-profile release fuzz::
+	$(guard) $(bench_program) quick $(bench_options)
 
-check:
+check: bench-check
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) clippy $(library) -- -D warnings
@@ -86,8 +89,19 @@ check:
 	RUSTDOCFLAGS='-D warnings --cfg document_internals' $(CARGO) doc --workspace --no-deps --document-private-items
 	$(tools) $(CARGO) deny --offline check licenses bans sources
 
+bench_program := $(target)/release/stencil-bench
+bench_options := --programs '$(target)/release' --guests '$(target)/guest' --dir '$(target)/tmp'
+rounds ?= 5
+
 bench: setup build
-	$(guard) tests/bench/throughput.sh
+	$(guard) $(bench_program) run $(bench_options) --rounds $(rounds) --out tests/bench/bench.json
+	$(bench_program) report tests/bench/bench.json --docs docs
+
+bench-quick: setup build
+	$(guard) $(bench_program) quick $(bench_options)
+
+bench-check:
+	$(CARGO) run -q --release -p stencil-bench -- check tests/bench/bench.json --docs docs
 
 docs-record: setup build
 	STENCIL_UPDATE_DOCS=1 $(guard) $(CARGO) test --release --workspace --test suite -- documented_commands::

@@ -56,6 +56,10 @@ command -v stress-ng >/dev/null 2>&1 || packages+=(stress-ng)
 command -v virt-xml-validate >/dev/null 2>&1 || packages+=(libvirt-clients)
 command -v virt-qemu-run >/dev/null 2>&1 || packages+=(libvirt-daemon-driver-qemu)
 command -v xmllint >/dev/null 2>&1 || packages+=(libxml2-utils)
+# Peers of the benchmarks. The erofs-utils of bookworm know LZ4, not Zstandard.
+command -v mkfs.erofs >/dev/null 2>&1 || packages+=(erofs-utils)
+command -v lz4 >/dev/null 2>&1 || packages+=(lz4)
+command -v zstd >/dev/null 2>&1 || packages+=(zstd)
 command -v mkfs.ext4 >/dev/null 2>&1 || packages+=(e2fsprogs)
 command -v perl >/dev/null 2>&1 || packages+=(perl-base)
 busybox=$(command -v busybox || true)
@@ -297,4 +301,7 @@ say "dropbear $(dropbear -V 2>&1 | sed -n '1s/^Dropbear v//p')"
 say "cargo-deb $STENCIL_CARGO_DEB"
 say "cargo-deny $deny"
 say "nextest  $nextest"
+say "erofs    $(mkfs.erofs -V 2>/dev/null | sed -n '1s/^mkfs.erofs //p')"
+say "lz4      $(lz4 --version 2>/dev/null | sed -n '1s/.* v\([0-9.]*\),.*/\1/p')"
+say "zstd     $(zstd --version 2>/dev/null | sed -n '1s/.* v\([0-9.]*\),.*/\1/p')"
 say "fio      $(fio --version 2>/dev/null | sed 's/^fio-//')"

@@ -1,0 +1,182 @@
+//! Rows about real guests: how long after the launch of many they answer.
+
+mod firecracker;
+mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use stencilfs::error::{Error, Result};
+
+use super::reads::Way;
+use crate::model::Input;
+use crate::run::sampling::{Counters, Measured, Taken, Title, drop_caches, touch};
+use crate::run::site::{Mount, Site, Store, run};
+use crate::run::{Context, interrupt};
+use crate::statistics::percentile;
+
+/// Numbers of guests that are resumed at once.
+const COUNTS: [u64; 3] = [1, 8, 64];
+
+/// Time limit for one guest to answer.
+const TIMEOUT: Duration = Duration::from_secs(180);
+
+/// A kind of guest that can be resumed again and again.
+trait Kind: Sync {
+    /// Name of the virtual machine monitor.
+    fn name(&self) -> &'static str;
+
+    /// The command line that starts it.
+    fn command(&self) -> &str;
+
+    /// Starts it on this memory, resumes the guest, asks the guest something and waits for the answer. `dir` is empty.
+    fn resume(&self, memory: &Path, dir: &Path) -> Result<Running>;
+}
+
+/// A process of a guest; killed on drop.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub fn measure(context: &Context) -> Result<()> {
+    let names = |kind: &str| COUNTS.map(|count| format!("resume-{kind}-{count}"));
+    for kind in ["firecracker", "qemu"] {
+        let names = names(kind);
+        if !context.wants(&names.each_ref().map(String::as_str)) {
+            continue;
+        }
+        let store = Store::new(context.site, kind);
+        let raw = context.site.create_dir(&format!("{kind}.raw"))?;
+        match kind {
+            "qemu" => rows(context, &store, &raw, &names, &qemu::Qemu::capture(context.site, &store, &raw)?)?,
+            _ => rows(
+                context,
+                &store,
+                &raw,
+                &names,
+                &firecracker::Firecracker::snapshot(context, &store, &raw)?,
+            )?,
+        }
+    }
+    Ok(())
+}
+
+/// Measures the rows of one kind of guest, whose template is in the store and whose files are in `raw`.
+fn rows(context: &Context, store: &Store, raw: &Path, names: &[String; 3], kind: &impl Kind) -> Result<()> {
+    let digest = digest_in(store)?;
+    context.inputs.borrow_mut().push(input(kind.name(), &raw.join("memory"))?);
+    let [kernel, passthrough, decode] = ["kernel", "passthrough", "decode"].map(|serve| store.mount(serve));
+    let (kernel, passthrough, decode) = (kernel?, passthrough?, decode?);
+    touch(context.site, &passthrough.memory("guest"), &["first"], None)?;
+    for mount in [&kernel, &passthrough, &decode] {
+        mount.wait_until_served(&digest)?;
+    }
+    let ways = [
+        Way::served(context, &kernel, "guest")?,
+        Way::served(context, &passthrough, "guest")?,
+        Way::served(context, &decode, "guest")?,
+        Way::plain("ext4", raw.join("memory"))?,
+    ];
+    for (count, name) in COUNTS.iter().zip(names) {
+        let about = format!(
+            "Resume {count} guests of {} at once, each on a private mapping of the memory, until all have answered a \
+             question. p95 and p50 are over the guests of a round. Guests of QEMU, which run by TCG, are paused after \
+             their answer.",
+            kind.name()
+        );
+        let title = Title { name, about: &about, input: kind.name(), caches: "cold" };
+        let subjects = ways.iter().map(|way| resumed(context, kind, way, *count)).collect();
+        context.row(title, subjects)?;
+    }
+    Ok(())
+}
+
+fn resumed<'a>(context: &'a Context, kind: &'a impl Kind, way: &'a Way, count: u64) -> Measured<'a> {
+    let site = context.site;
+    let command = kind.command().replace("{memory}", &way.file.to_string_lossy());
+    Measured {
+        name: way.name,
+        command: site.shown(&command),
+        read_ahead_bytes: way.read_ahead_bytes,
+        take: Box::new(move |_| {
+            if let Some(mount) = way.mount.filter(|mount| mount.serve == "decode") {
+                mount.restart()?;
+            }
+            let reads = way.mount.map(Mount::reads).transpose()?;
+            let dirs: Vec<PathBuf> =
+                (0..count).map(|index| site.create_dir(&format!("vm{index}"))).collect::<Result<_>>()?;
+            drop_caches(site)?;
+            let before = Counters::now(site)?;
+            let result = resume_all(kind, &way.file, &dirs);
+            for dir in &dirs {
+                std::fs::remove_dir_all(dir).map_err(|e| Error::io("cannot remove", dir, e))?;
+            }
+            let seconds = result?;
+            let at = |share| percentile(&seconds, share).unwrap_or(f64::NAN);
+            let mut taken = before.add_to(Taken::seconds(at(1.0)), site)?;
+            if let (Some(mount), Some(reads)) = (way.mount, reads) {
+                taken = taken.count("reads", mount.reads()?.saturating_sub(reads));
+            }
+            Ok(taken.with("p50_seconds", at(0.5)).with("p95_seconds", at(0.95)))
+        }),
+    }
+}
+
+/// Resumes a guest in each directory, all at once, and kills them when all have answered. Returns the seconds until the
+/// answer of each.
+fn resume_all(kind: &impl Kind, memory: &Path, dirs: &[PathBuf]) -> Result<Vec<f64>> {
+    let began = Instant::now();
+    let resume = |dir: &PathBuf| {
+        let guest = kind.resume(memory, dir)?;
+        Ok((began.elapsed().as_secs_f64(), guest))
+    };
+    let results: Vec<Result<(f64, Running)>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = dirs.iter().map(|dir| scope.spawn(move || resume(dir))).collect();
+        let panicked = |_| Err(Error::failed("a thread panicked"));
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+    });
+    let all: Vec<(f64, Running)> = results.into_iter().collect::<Result<_>>()?;
+    Ok(all.iter().map(|(seconds, _)| *seconds).collect())
+}
+
+/// Polls until there is a value.
+fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
+    let end = Instant::now() + TIMEOUT;
+    loop {
+        if let Some(found) = look() {
+            return Ok(found);
+        }
+        interrupt::check()?;
+        if Instant::now() > end {
+            return Err(Error::try_again(format!("timed out waiting for {what}")));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The digest of the only template in a store.
+fn digest_in(store: &Store) -> Result<String> {
+    let found = store.site.json(&["--store", &store.dir.to_string_lossy(), "inspect", "bench:guest"])?;
+    let digest = found["digest"].as_str();
+    Ok(digest.ok_or_else(|| Error::failed("the template has no digest").at(&store.dir))?.to_owned())
+}
+
+fn input(name: &str, memory: &Path) -> Result<Input> {
+    let failed = |e| Error::io("cannot read the memory of the guest", memory, e);
+    let mut hasher = blake3::Hasher::new();
+    let mut file = std::fs::File::open(memory).map_err(failed)?;
+    let bytes = std::io::copy(&mut file, &mut hasher).map_err(failed)?;
+    let (name, about) = (name.to_owned(), format!("memory of a running guest of {name}"));
+    Ok(Input { name, about, bytes, digest: hasher.finalize().to_hex().to_string() })
+}
+
+/// Writes the files of the template `bench:guest` into a directory, the memory without holes.
+fn export(site: &Site, store: &Store, raw: &Path) -> Result<()> {
+    run(site.stencil(&["--store"]).arg(&store.dir).args(["export", "bench:guest"]).arg(raw)).map(drop)
+}

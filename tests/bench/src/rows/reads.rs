@@ -1,0 +1,151 @@
+//! Rows about reading through a mapping, and those that need the same mounts.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use stencilfs::error::{Error, Result};
+
+use super::{CLUSTERS, erofs_of, launch, warm};
+use crate::run::Context;
+use crate::run::inputs;
+use crate::run::sampling::{Measured, Title, read_ahead, touch, touch_cold};
+use crate::run::site::{Mount, Store};
+
+/// A way to read the same data: a file.
+pub struct Way<'a> {
+    pub name: &'a str,
+    pub file: PathBuf,
+    pub mount: Option<&'a Mount<'a>>,
+    pub read_ahead_bytes: Option<u64>,
+}
+
+impl<'a> Way<'a> {
+    /// A file of a file system.
+    pub fn plain(name: &'a str, file: PathBuf) -> Result<Way<'a>> {
+        let stat = fs::metadata(&file).map_err(|e| Error::io("cannot inspect", &file, e))?;
+        Ok(Way { name, file, mount: None, read_ahead_bytes: read_ahead(stat.dev()) })
+    }
+
+    /// The template `bench:TAG` of a mount.
+    pub fn served(context: &Context, mount: &'a Mount<'a>, tag: &str) -> Result<Way<'a>> {
+        let file = mount.memory(tag);
+        let read_ahead_bytes = match mount.serve.as_str() {
+            "decode" => mount.status()?["read_ahead_bytes"].as_u64(),
+            "passthrough" => read_ahead(context.site.device()?),
+            // The EROFS mount is at no path, and sysfs does not show it.
+            _ => None,
+        };
+        Ok(Way { name: &mount.name, file, mount: Some(mount), read_ahead_bytes })
+    }
+
+    /// A subject that touches pages of the file with cold caches. `words` are arguments of `touch.c` after the path.
+    pub fn cold(
+        &self,
+        context: &'a Context,
+        name: &'a str,
+        words: impl Fn(u64) -> Vec<String> + 'a,
+    ) -> Measured<'a> {
+        let (file, mount) = (self.file.clone(), self.mount);
+        Measured {
+            name,
+            command: self.command(context, &words(1)),
+            read_ahead_bytes: self.read_ahead_bytes,
+            take: Box::new(move |round| {
+                let words = words(round);
+                let words: Vec<&str> = words.iter().map(String::as_str).collect();
+                touch_cold(context.site, &file, &words, mount)
+            }),
+        }
+    }
+
+    /// The command line of a measurement.
+    pub fn command(&self, context: &Context, words: &[String]) -> String {
+        let mut command = std::process::Command::new("touch");
+        context.site.recorded(command.arg(&self.file).args(words))
+    }
+}
+
+/// Arguments of `touch.c`: all pages in order.
+pub fn sweep(advice: &str) -> impl Fn(u64) -> Vec<String> + use<> {
+    let words = vec!["sweep".to_owned(), advice.to_owned()];
+    move |_| words.clone()
+}
+
+/// Arguments of `touch.c`: pages anywhere, others in each round.
+pub fn random(advice: &str, pages: u64) -> impl Fn(u64) -> Vec<String> + use<> {
+    let advice = advice.to_owned();
+    move |round| vec!["random".to_owned(), advice.clone(), round.to_string(), pages.to_string()]
+}
+
+const ROWS: [&str; 6] = ["sequential", "random-20000", "random-advised", "warm", "warm-huge", "launch"];
+
+pub fn measure(context: &Context, dense: &Path) -> Result<()> {
+    if !context.wants(&ROWS) {
+        return Ok(());
+    }
+    let store = Store::new(context.site, "reads");
+    let digest = inputs::import(&store, dense, "dense")?;
+    let [kernel, passthrough, decode] = ["kernel", "passthrough", "decode"].map(|serve| store.mount(serve));
+    let (kernel, passthrough, decode) = (kernel?, passthrough?, decode?);
+    let ahead = store.mount_as("decode-4m", "decode", &["--read-ahead", "4M"])?;
+    // The first open makes the copy.
+    touch(context.site, &passthrough.memory("dense"), &["first"], None)?;
+    for mount in [&kernel, &passthrough, &decode, &ahead] {
+        mount.wait_until_served(&digest)?;
+    }
+    let [erofs, large] = CLUSTERS.map(|(name, more)| erofs_of(context.site, dense, name, more));
+    let (erofs, large) = (erofs?, large?);
+    let ways = [
+        Way::served(context, &kernel, "dense")?,
+        Way::served(context, &passthrough, "dense")?,
+        Way::served(context, &decode, "dense")?,
+        Way::served(context, &ahead, "dense")?,
+        Way::plain("ext4", dense.to_owned())?,
+        Way::plain("erofs", erofs.file("memory"))?,
+        Way::plain("erofs-64k", large.file("memory"))?,
+    ];
+    sequential(context, &ways)?;
+    random_pages(context, &ways)?;
+    if !context.is_quick() {
+        warm::measure(context, &ways)?;
+    }
+    launch::measure(context, &passthrough)
+}
+
+fn sequential(context: &Context, ways: &[Way; 7]) -> Result<()> {
+    let [kernel, passthrough, _, _, ext4, ..] = ways;
+    let mut subjects: Vec<Measured> =
+        ways.iter().map(|way| way.cold(context, way.name, sweep("normal"))).collect();
+    let advised = [(kernel, "kernel-huge"), (passthrough, "passthrough-huge"), (ext4, "ext4-huge")];
+    subjects.extend(advised.map(|(way, name)| way.cold(context, name, sweep("huge"))));
+    let title = Title {
+        name: "sequential",
+        about: "Read one word of each page through a mapping, in order; -huge with MADV_HUGEPAGE. decode-4m is \
+                decode with --read-ahead 4M; erofs-64k has clusters of 64 KiB in place of 4 KiB.",
+        input: "dense",
+        caches: "cold",
+    };
+    context.row(title, subjects)
+}
+
+fn random_pages(context: &Context, ways: &[Way; 7]) -> Result<()> {
+    let title = Title {
+        name: "random-20000",
+        about: "Read one word of 20 000 pages anywhere through a mapping, with default advice; the same pages for all \
+                subjects of a round.",
+        input: "dense",
+        caches: "cold",
+    };
+    let subjects = ways.iter().map(|way| way.cold(context, way.name, random("normal", 20_000)));
+    context.row(title, subjects.collect())?;
+    let title = Title {
+        name: "random-advised",
+        about: "Read one word of 4000 pages anywhere through a mapping, with MADV_RANDOM; the same pages for all \
+                subjects of a round.",
+        input: "dense",
+        caches: "cold",
+    };
+    let subjects = ways.iter().map(|way| way.cold(context, way.name, random("random", 4000)));
+    context.row(title, subjects.collect())
+}

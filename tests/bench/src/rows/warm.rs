@@ -1,0 +1,40 @@
+//! Rows about pages that are in the page cache: reading them, and copying them by a write.
+
+use stencilfs::error::Result;
+
+use super::reads::Way;
+use crate::run::Context;
+use crate::run::sampling::{Measured, Title, touch, touch_cold};
+
+pub fn measure(context: &Context, ways: &[Way; 7]) -> Result<()> {
+    let [kernel, passthrough, decode, _, ext4, ..] = ways;
+    let title = Title {
+        name: "warm",
+        about: "Read one word of each page through a new mapping, then write to each page of the last quarter.",
+        input: "dense",
+        caches: "all pages in the page cache, read in order before",
+    };
+    let subjects = [kernel, passthrough, decode, ext4].map(|way| warm(context, way, "normal"));
+    context.row(title, subjects.into())?;
+    let title = Title {
+        name: "warm-huge",
+        about: "The same with MADV_HUGEPAGE, also for the reads before. The share of the unwritten 2 MiB ranges that is \
+                mapped by 2 MiB entries is FilePmdMapped of /proc/PID/smaps.",
+        input: "dense",
+        caches: "all pages in the page cache, read in order before",
+    };
+    let subjects = [kernel, passthrough, ext4].map(|way| warm(context, way, "huge"));
+    context.row(title, subjects.into())
+}
+
+fn warm<'a>(context: &'a Context, way: &'a Way, advice: &'static str) -> Measured<'a> {
+    Measured {
+        name: way.name,
+        command: way.command(context, &["copy".to_owned(), advice.to_owned()]),
+        read_ahead_bytes: None,
+        take: Box::new(move |_| {
+            touch_cold(context.site, &way.file, &["sweep", advice], way.mount)?;
+            touch(context.site, &way.file, &["copy", advice], way.mount)
+        }),
+    }
+}

@@ -1,0 +1,197 @@
+//! Floors that this program computes itself: what import and verification cannot do without, on all processors.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::num::NonZero;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use stencilfs::error::{Error, Result};
+use stencilfs::units::to_usize;
+
+/// Size of a block of the store.
+const BLOCK: usize = 64 << 10;
+
+/// Blocks that a thread takes at a time: 1 MiB.
+const BATCH: usize = 16;
+
+/// Compression of the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Codec {
+    Lz4,
+    /// Level 3.
+    Zstd,
+}
+
+/// Compresses blocks and reuses the tables.
+struct Compressor {
+    table: CompressTable,
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+    out: Vec<u8>,
+}
+
+impl Compressor {
+    fn new(codec: Codec) -> io::Result<Compressor> {
+        let zstd = (codec == Codec::Zstd).then(|| zstd::bulk::Compressor::new(3)).transpose()?;
+        let size = get_maximum_output_size(BLOCK).max(zstd::zstd_safe::compress_bound(BLOCK));
+        Ok(Compressor { table: CompressTable::large(), zstd, out: vec![0; size] })
+    }
+
+    /// Returns the compressed block, or the block itself if that is not larger.
+    fn compress<'a>(&'a mut self, block: &'a [u8]) -> io::Result<&'a [u8]> {
+        let length = match &mut self.zstd {
+            None => {
+                compress_into_with_table(block, &mut self.out, &mut self.table).map_err(io::Error::other)?
+            }
+            Some(zstd) => zstd.compress_to_buffer(block, &mut self.out[..])?,
+        };
+        Ok(if length < block.len() { &self.out[..length] } else { block })
+    }
+}
+
+/// Looks for zero pages in each block of a file, hashes the block and compresses it, by `threads` threads. Returns the
+/// sum of the compressed lengths.
+pub fn encode(path: &Path, codec: Codec, threads: usize, hashes: bool) -> Result<u64> {
+    let encode = || -> io::Result<u64> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        in_parallel(threads, length.div_ceil((BLOCK * BATCH) as u64), || {
+            let mut compressor = Compressor::new(codec)?;
+            let (file, mut data) = (&file, vec![0; BLOCK * BATCH]);
+            Ok(move |batch: u64| {
+                let start = batch * (BLOCK * BATCH) as u64;
+                let part = &mut data[..to_usize((length - start).min((BLOCK * BATCH) as u64))];
+                file.read_exact_at(part, start)?;
+                let mut total = 0;
+                for block in part.chunks(BLOCK) {
+                    let zeros = block.chunks(4096).filter(|page| page.iter().all(|byte| *byte == 0)).count();
+                    if hashes {
+                        std::hint::black_box((zeros, blake3::hash(block)));
+                    }
+                    total += compressor.compress(block)?.len() as u64;
+                }
+                Ok(total)
+            })
+        })
+    };
+    encode().map_err(|e| Error::io("cannot compress", path, e))
+}
+
+/// A file of compressed blocks, as a store has them in its packs.
+pub struct Packed {
+    file: File,
+    /// Offset and stored length of each block.
+    blocks: Vec<(u64, usize)>,
+}
+
+impl Packed {
+    /// Writes the blocks of an image, which must be a multiple of the block size, compressed by LZ4.
+    pub fn write(image: &Path, path: &Path) -> Result<Packed> {
+        let write = || -> io::Result<Packed> {
+            let source = File::open(image)?;
+            let (mut out, mut blocks, mut offset) = (io::BufWriter::new(File::create(path)?), Vec::new(), 0);
+            let (mut compressor, mut block) = (Compressor::new(Codec::Lz4)?, vec![0; BLOCK]);
+            for index in 0..source.metadata()?.len() / BLOCK as u64 {
+                source.read_exact_at(&mut block, index * BLOCK as u64)?;
+                let record = compressor.compress(&block)?;
+                out.write_all(record)?;
+                blocks.push((offset, record.len()));
+                offset += record.len() as u64;
+            }
+            out.into_inner()?.sync_all()?;
+            Ok(Packed { file: File::open(path)?, blocks })
+        };
+        write().map_err(|e| Error::io("cannot write", path, e))
+    }
+
+    /// Reads, decodes and hashes all blocks on all processors. Returns the number of decoded bytes.
+    pub fn verify(&self) -> Result<u64> {
+        let batches = self.blocks.chunks(BATCH).collect::<Vec<_>>();
+        let verified = in_parallel(processors(), batches.len() as u64, || {
+            let (batches, file) = (&batches, &self.file);
+            let (mut records, mut out) = (Vec::new(), vec![0; BLOCK]);
+            Ok(move |batch: u64| {
+                let blocks = batches[to_usize(batch)];
+                let (first, last) = (blocks[0], blocks[blocks.len() - 1]);
+                records.resize(to_usize(last.0 - first.0) + last.1, 0);
+                file.read_exact_at(&mut records, first.0)?;
+                let mut total = 0;
+                for (offset, length) in blocks {
+                    let record = &records[to_usize(offset - first.0)..][..*length];
+                    let plain = match *length == BLOCK {
+                        true => record,
+                        false => {
+                            let length = decompress_into(record, &mut out).map_err(io::Error::other)?;
+                            &out[..length]
+                        }
+                    };
+                    std::hint::black_box(blake3::hash(plain));
+                    total += plain.len() as u64;
+                }
+                Ok(total)
+            })
+        });
+        verified.map_err(|e| Error::failed("cannot decode the blocks").because(e))
+    }
+}
+
+/// The number of processors.
+pub fn processors() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+/// Runs one worker a thread on the numbers below `count`, each number once, and returns the sum of what they return.
+fn in_parallel<W>(threads: usize, count: u64, worker: impl Fn() -> io::Result<W> + Sync) -> io::Result<u64>
+where
+    W: FnMut(u64) -> io::Result<u64>,
+{
+    let next = AtomicU64::new(0);
+    let run = || -> io::Result<u64> {
+        let (mut worker, mut total) = (worker()?, 0);
+        loop {
+            match next.fetch_add(1, Ordering::Relaxed) {
+                number if number < count => total += worker(number)?,
+                _ => return Ok(total),
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        let results = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("panic"))));
+        results.sum()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn every_block_is_encoded_once_and_decoded_to_its_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        // A zero block, blocks that can be compressed, and blocks that cannot.
+        let mut data = vec![0; 40 * BLOCK];
+        for (index, byte) in data.iter_mut().enumerate().skip(BLOCK) {
+            let run = if index < 30 * BLOCK { 64 } else { 1 };
+            *byte = crate::run::inputs::scattered((index / run) as u64).to_le_bytes()[0];
+        }
+        fs::write(&image, &data).unwrap();
+        let packed = Packed::write(&image, &dir.path().join("packed")).unwrap();
+        assert_eq!(packed.verify().unwrap(), data.len() as u64);
+        let stored: usize = packed.blocks.iter().map(|(_, length)| length).sum();
+        assert!(stored < data.len() / 2, "{stored}");
+        for threads in [1, 3] {
+            assert_eq!(encode(&image, Codec::Lz4, threads, true).unwrap(), stored as u64);
+        }
+        assert!(encode(&image, Codec::Zstd, 2, false).unwrap() < stored as u64);
+        fs::write(dir.path().join("packed"), vec![0xff; stored]).unwrap();
+        packed.verify().unwrap_err();
+    }
+}

@@ -1,0 +1,196 @@
+//! A run: where it takes place, which rows it measures, and what becomes of the samples.
+
+pub mod floor;
+pub mod inputs;
+pub mod interrupt;
+pub mod sampling;
+pub mod site;
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use clap::Args;
+use stencilfs::error::{Error, Result};
+
+use crate::goals::Goals;
+use crate::model::{Bench, Host, Input, Row};
+use crate::rows;
+use sampling::{Measured, Title};
+use site::{Site, run};
+
+/// Size of the dense image.
+const DENSE: u64 = 1 << 30;
+/// The same of a short run.
+const QUICK_DENSE: u64 = 256 << 20;
+/// Size of the image with zeros.
+const ZEROS: u64 = 4 << 30;
+/// Tries that a row of a short run has.
+const TRIES: u32 = 3;
+
+/// Where to measure what.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Measure this row only; may be repeated
+    #[arg(long = "row", value_name = "NAME")]
+    only: Vec<String>,
+    /// File for the samples
+    #[arg(long, default_value = "tests/bench/bench.json")]
+    out: PathBuf,
+    /// Number of rounds
+    #[arg(long, default_value_t = 5)]
+    rounds: u64,
+    /// Directory of the programs of Stencil
+    #[arg(long, default_value = "target/release")]
+    programs: PathBuf,
+    /// Directory of what make setup has downloaded for guests
+    #[arg(long, default_value = "target/guest")]
+    guests: PathBuf,
+    /// Directory on the disk that is measured; all files are in a new directory below it
+    #[arg(long, default_value = "target/tmp")]
+    dir: PathBuf,
+}
+
+/// How often the rows are measured.
+enum Extent<'a> {
+    /// The whole inputs, in this number of rounds.
+    Full(u64),
+    /// Small inputs, once, and again while a goal of the row is far away.
+    Quick(&'a Goals),
+}
+
+/// What the rows need to be measured, and their results.
+pub struct Context<'a> {
+    pub site: &'a Site,
+    extent: Extent<'a>,
+    only: &'a [String],
+    /// Size of the dense image.
+    pub dense_bytes: u64,
+    /// Directory with Firecracker.
+    pub guests: &'a Path,
+    pub inputs: RefCell<Vec<Input>>,
+    rows: RefCell<Vec<Row>>,
+    problems: RefCell<Vec<String>>,
+}
+
+impl Context<'_> {
+    /// Returns true if one of the rows is to be measured.
+    pub fn wants(&self, names: &[&str]) -> bool {
+        self.only.is_empty() || names.iter().any(|name| self.only.iter().any(|only| only == name))
+    }
+
+    /// Returns true for a short run, which measures fewer rows.
+    pub fn is_quick(&self) -> bool {
+        matches!(self.extent, Extent::Quick(_))
+    }
+
+    /// Measures a row.
+    pub fn row(&self, title: Title, subjects: Vec<Measured>) -> Result<()> {
+        self.row_once(title, subjects, None)
+    }
+
+    /// Measures a row in another number of rounds.
+    pub fn row_once(&self, title: Title, mut subjects: Vec<Measured>, rounds: Option<u64>) -> Result<()> {
+        if !self.wants(&[title.name]) {
+            return Ok(());
+        }
+        let row = match self.extent {
+            Extent::Full(all) => sampling::measure(title, rounds.unwrap_or(all), &mut subjects)?,
+            Extent::Quick(goals) => {
+                let mut tries = 1;
+                loop {
+                    let row = sampling::measure(title, 1, &mut subjects)?;
+                    let problems = goals.gross_problems(&row);
+                    if problems.is_empty() || tries == TRIES {
+                        self.problems.borrow_mut().extend(problems);
+                        break row;
+                    }
+                    problems.iter().for_each(|problem| eprintln!("measuring again: {problem}"));
+                    tries += 1;
+                }
+            }
+        };
+        self.rows.borrow_mut().push(row);
+        Ok(())
+    }
+}
+
+/// Measures everything and writes the samples.
+pub fn measure_all(args: &RunArgs) -> Result<()> {
+    let site = Site::new(&args.dir, &args.programs, Path::new("tests/bench"))?;
+    let bench = measure(&site, args, Extent::Full(args.rounds), DENSE)?.0;
+    fs::write(&args.out, bench.to_text()?).map_err(|e| Error::io("cannot write the samples", &args.out, e))
+}
+
+/// Measures small inputs, and fails if a row is far from its goals in each try.
+pub fn measure_quickly(args: &RunArgs, goals: &Goals) -> Result<()> {
+    let site = Site::new(&args.dir, &args.programs, Path::new("tests/bench"))?;
+    let (bench, problems) = measure(&site, args, Extent::Quick(goals), QUICK_DENSE)?;
+    for goal in &goals.goals {
+        if let Some(ratio) = bench.row(&goal.row).and_then(|row| goal.ratio(row).ok()) {
+            println!("{goal}: {ratio:.3}");
+        }
+    }
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(Error::failed(problems.join("\n"))),
+    }
+}
+
+fn measure(site: &Site, args: &RunArgs, extent: Extent, dense_bytes: u64) -> Result<(Bench, Vec<String>)> {
+    let began = Instant::now();
+    let commit = commit()?;
+    let context = Context {
+        site,
+        extent,
+        only: &args.only,
+        dense_bytes,
+        guests: &args.guests,
+        inputs: RefCell::default(),
+        rows: RefCell::default(),
+        problems: RefCell::default(),
+    };
+    rows::measure(&context, ZEROS)?;
+    let missing: Vec<&String> =
+        args.only.iter().filter(|name| context.rows.borrow().iter().all(|row| row.name != **name)).collect();
+    if !missing.is_empty() {
+        return Err(Error::usage(format!("no row is called {missing:?}")));
+    }
+    let bench = Bench {
+        schema: 1,
+        commit,
+        date: run(Command::new("date").args(["-u", "+%Y-%m-%dT%H:%M:%SZ"]))?.trim().to_owned(),
+        host: host(site)?,
+        inputs: context.inputs.into_inner(),
+        rows: context.rows.into_inner(),
+    };
+    eprintln!("{} rows in {:.0} s", bench.rows.len(), began.elapsed().as_secs_f64());
+    Ok((bench, context.problems.into_inner()))
+}
+
+/// The commit of the work tree; `+` marks changes of other files than results.
+fn commit() -> Result<String> {
+    let head = run(Command::new("git").args(["rev-parse", "--short=12", "HEAD"]))?;
+    let results =
+        [":!tests/bench/bench.json", ":!docs/reference/benchmarks", ":!docs/reference/benchmarks.md"];
+    let changes =
+        run(Command::new("git").args(["status", "--porcelain", "--untracked-files=no", "--"]).args(results))?;
+    Ok(format!("{}{}", head.trim(), if changes.is_empty() { "" } else { "+" }))
+}
+
+fn host(site: &Site) -> Result<Host> {
+    let read = |path: &str| fs::read_to_string(path).map_err(|e| Error::io("cannot read", path, e));
+    let processors = read("/proc/cpuinfo")?;
+    let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let memory = read("/proc/meminfo")?;
+    let kib = memory.split_ascii_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
+    Ok(Host {
+        kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        cpu: model.map_or("unknown", |(_, model)| model).trim().to_owned(),
+        cpus: floor::processors() as u64,
+        memory_bytes: kib.unwrap_or_default() * 1024,
+        file_system: site.file_system()?,
+    })
+}

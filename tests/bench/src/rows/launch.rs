@@ -32,14 +32,19 @@ pub fn measure(context: &Context, mount: &Mount) -> Result<()> {
                 all. stencil: simulated clones; stencil-N: N of them; bare: a loop of fork, open, mmap and as many \
                 touches, then kill and wait. All start twice as many at a time as there are processors.",
         input: "dense",
-        caches: "all pages in the page cache; passthrough",
+        caches: "all pages and programs in the page cache; passthrough",
     };
     context.row(title, subjects)
 }
 
-/// Reads the whole template into the page cache, also what other programs have dropped.
+/// Reads the template and the programs into the page cache: an earlier row has dropped them.
 fn prepare(context: &Context, mount: &Mount) -> Result<()> {
     touch(context.site, &mount.memory("dense"), &["sweep", "normal"], None)?;
+    let store = mount.store.to_string_lossy();
+    let words = ["--store", &store, "clone", "bench:dense", "--simulate", "read=1p"];
+    let launched = run(&mut context.site.stencil(&words));
+    run(&mut context.site.stencil(&["stop", "--all"]))?;
+    launched?;
     write_back();
     Ok(())
 }

@@ -3,11 +3,17 @@
 mod firecracker;
 mod qemu;
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use stencilfs::clones::working_set::warm;
 use stencilfs::error::{Error, Result};
+use stencilfs::progress::Silent;
+use stencilfs::store::{DEFAULT_SET, TemplateFile, WorkingSet};
 
 use super::reads::Way;
 use crate::model::Input;
@@ -83,25 +89,90 @@ fn rows(context: &Context, store: &Store, raw: &Path, names: &[String; 3], kind:
         Way::served(context, &decode, "guest")?,
         Way::plain("ext4", raw.join("memory"))?,
     ];
+    let sets = record(context, store, &digest, kind, &decode)?;
     for (count, name) in COUNTS.iter().zip(names) {
         let about = format!(
             "Resume {count} guests of {} at once, each on a private mapping of the memory, until all have answered a \
              question. p95 and p50 are over the guests of a round. Guests of QEMU, which run by TCG, are paused after \
-             their answer.",
+             their answer. Before the rounds of `-warmed` the working set that one guest has recorded is read, before \
+             those of `ext4-warm` the whole memory.",
             kind.name()
         );
         let title = Title { name, about: &about, input: kind.name(), caches: "cold" };
-        let subjects = ways.iter().map(|way| resumed(context, kind, way, *count)).collect();
+        let [kernel, passthrough, _, ext4] = &ways;
+        let cold = ways.iter().map(|way| (way.name, way, Before::Nothing));
+        let warm = [
+            ("kernel-warmed", kernel, Before::Warm(&sets)),
+            ("passthrough-warmed", passthrough, Before::Warm(&sets)),
+            ("ext4-warm", ext4, Before::ReadAll),
+        ];
+        let resumed = |(name, way, before)| resumed(context, kind, (name, way), *count, before);
+        let subjects = cold.chain(warm).map(resumed).collect();
         context.row(title, subjects)?;
     }
     Ok(())
 }
 
-fn resumed<'a>(context: &'a Context, kind: &'a impl Kind, way: &'a Way, count: u64) -> Measured<'a> {
+/// What is read after the caches were dropped, before the guests are resumed.
+#[derive(Clone, Copy)]
+enum Before<'a> {
+    Nothing,
+    /// The working set.
+    Warm(&'a (Vec<TemplateFile>, WorkingSet)),
+    /// The whole file.
+    ReadAll,
+}
+
+impl Before<'_> {
+    fn read(self, memory: &Path) -> Result<()> {
+        match self {
+            Before::Nothing => Ok(()),
+            Before::Warm((files, set)) => {
+                let dir = memory.parent().unwrap_or(memory);
+                warm(dir, files, set, &AtomicBool::new(false), &Silent).map(drop)
+            }
+            Before::ReadAll => {
+                let mut file = File::open(memory).map_err(|e| Error::io("cannot read", memory, e))?;
+                let copied = io::copy(&mut file, &mut io::sink());
+                copied.map(drop).map_err(|e| Error::io("cannot read", memory, e))
+            }
+        }
+    }
+}
+
+/// Resumes a guest once and records which pages its process uses.
+fn record(
+    context: &Context,
+    store: &Store,
+    digest: &str,
+    kind: &impl Kind,
+    decode: &Mount,
+) -> Result<(Vec<TemplateFile>, WorkingSet)> {
+    let dir = context.site.create_dir("recorded")?;
+    decode.restart()?;
+    drop_caches(context.site)?;
+    let guest = kind.resume(&decode.memory("guest"), &dir)?;
+    let pid = guest.0.id().to_string();
+    run(context.site.stencil(&["--store"]).arg(&store.dir).args(["working-set", "record", &pid]))?;
+    drop(guest);
+    std::fs::remove_dir_all(&dir).map_err(|e| Error::io("cannot remove", &dir, e))?;
+    let (opened, digest) = (stencilfs::store::Store::open(&store.dir)?, digest.parse()?);
+    let set = opened.working_sets(&digest)?.remove(DEFAULT_SET);
+    let set = set.ok_or_else(|| Error::failed("the template has no working set").at(&store.dir))?;
+    Ok((opened.template(&digest)?.files().to_vec(), set))
+}
+
+fn resumed<'a>(
+    context: &'a Context,
+    kind: &'a impl Kind,
+    (name, way): (&'a str, &'a Way),
+    count: u64,
+    before: Before<'a>,
+) -> Measured<'a> {
     let site = context.site;
     let command = kind.command().replace("{memory}", &way.file.to_string_lossy());
     Measured {
-        name: way.name,
+        name,
         command: site.shown(&command),
         read_ahead_bytes: way.read_ahead_bytes,
         take: Box::new(move |_| {
@@ -112,6 +183,7 @@ fn resumed<'a>(context: &'a Context, kind: &'a impl Kind, way: &'a Way, count: u
             let dirs: Vec<PathBuf> =
                 (0..count).map(|index| site.create_dir(&format!("vm{index}"))).collect::<Result<_>>()?;
             drop_caches(site)?;
+            before.read(&way.file)?;
             let before = Counters::now(site)?;
             let result = resume_all(kind, &way.file, &dirs);
             for dir in &dirs {

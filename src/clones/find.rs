@@ -264,7 +264,8 @@ pub fn template_mappings(mounts: &[Mount]) -> Result<Search> {
     search(&Inodes::of(mounts)?)
 }
 
-/// Returns every process that maps one of these inodes.
+/// Returns every process that maps one of these inodes, except this one: a command maps a template only to measure or to
+/// warm the template.
 ///
 /// # Errors
 /// Returns an error if `/proc` cannot be listed.
@@ -273,7 +274,9 @@ pub fn search(inodes: &Inodes) -> Result<Search> {
         return Ok(Search::default());
     }
     let wanted = inodes.wanted()?;
-    let sight = holders::look_at_all(SCAN_TIMEOUT, move |pid| lines_of(pid, &wanted))?;
+    let own = std::process::id();
+    let look = move |pid| if pid == own { Ok(None) } else { lines_of(pid, &wanted) };
+    let sight = holders::look_at_all(SCAN_TIMEOUT, look)?;
     found(sight, inodes).by_address_space()
 }
 

@@ -262,8 +262,8 @@ impl Backend {
         self.0.mapping.store(at, value).map_err(|e| self.refused("write", at, 1, &e))
     }
 
-    /// Copies pages that the guest will write, before it does (`MADV_POPULATE_WRITE`): each page of the range is then dirty,
-    /// as after a write of the bytes that it has. Written pages of a working set are such pages.
+    /// Copies pages of private memory that the guest is expected to write (`MADV_POPULATE_WRITE`), such as the written pages
+    /// of a working set. Each page of the range is then dirty, with unchanged bytes.
     ///
     /// # Errors
     /// Returns [`Code::Usage`](crate::error::Code::Usage) for a range outside of the memory, and
@@ -272,6 +272,14 @@ impl Backend {
         let byte = |page: PageIndex| page.get().saturating_mul(PAGE_SIZE);
         let (start, end) = (byte(pages.start), byte(pages.end));
         let length = to_usize(end.saturating_sub(start));
+        if self.protection() == Protection::Read {
+            return Err(self.refused(
+                "write",
+                MemoryOffset::new(start),
+                length,
+                &io::ErrorKind::PermissionDenied.into(),
+            ));
+        }
         let done = self.0.mapping.advise(start..end, Advice::PopulateWrite);
         done.map_err(|e| self.refused("write", MemoryOffset::new(start), length, &e))
     }

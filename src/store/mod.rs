@@ -42,7 +42,7 @@ pub use names::reference::TemplateRef;
 pub use names::serving::{ROOT_INODE, Serving, inode_number, path_inode_number};
 #[cfg(feature = "internals")]
 pub use names::tags::{Moved, TagEntry};
-pub use names::working_set::{DEFAULT_SET, Extent, Extents, FileSet, StoredSet, Used, WorkingSet};
+pub use names::working_set::{DEFAULT_SET, Extent, Extents, FileSet, Used, WorkingSet};
 #[cfg(feature = "internals")]
 pub use read::export::Target;
 #[cfg(feature = "internals")]

@@ -1,13 +1,16 @@
 //! Simulated clones: they touch exactly the requested pages, in processes that outlive their launcher.
 
 use std::collections::BTreeSet;
+use std::process::Stdio;
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::process::procfs;
 
 use crate::support::host;
-use crate::support::mount::TestMount;
+use crate::support::mount::{TestMount, wait_for};
 
 const PAGE: usize = 4096;
 
@@ -146,4 +149,32 @@ fn invalid_clone_requests_are_refused() {
     world.stencil(&["stop", "cnone"]).exits(4).says("no clone has the id");
     world.stencil(&["logs", "../x"]).exits(4);
     assert_eq!(std::fs::read_dir(world.runtime_dir().join("launches")).unwrap().count(), 0);
+}
+
+/// Clones that become ready while their launcher stands still are late, and end with the launch.
+#[test]
+fn every_clone_of_a_launch_that_stood_still_has_a_record() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    world.import_bytes(&image(1024), "web");
+    let words = ["clone", "web", "-n", "400", "--parallel", "400", "--timeout", "1", "--keep-going"];
+    let mut launcher = world.command();
+    launcher.args(words).args(["--simulate", "read=50%"]).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut launcher = launcher.spawn().unwrap();
+    let records = || std::fs::read_dir(world.runtime_dir().join("clones")).map_or(0, Iterator::count);
+    wait_for("a record", || (records() > 0).then_some(()));
+    let pid = Pid::from_child(&launcher);
+    kill_process(pid, Signal::STOP).unwrap();
+    // Longer than the timeout of the clones.
+    std::thread::sleep(Duration::from_millis(1500));
+    kill_process(pid, Signal::CONT).unwrap();
+    launcher.wait().unwrap();
+    let listed = world.json(&["ps"]);
+    let rows = listed["clones"].as_array().unwrap();
+    for row in rows {
+        assert_eq!((row["id"].is_string(), &row["state"]), (true, &"running".into()), "{row}");
+    }
+    println!("{} of 400 clones were ready in time", rows.len());
+    world.stencil(&["stop", "--all"]).ok();
+    assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 }

@@ -297,3 +297,40 @@ fn importing_again_repairs_damage() {
         }
     }
 }
+
+/// A reader that announced more blocks reads several records at once. The records before a cut stay readable, and a record
+/// that was repaired is read again.
+#[test]
+fn a_run_of_records_fails_only_where_it_is_damaged() {
+    let _host = host::shared();
+    let fixture = Fixture::new();
+    let bytes = random(4, 16 * BLOCK_SIZE as usize);
+    let digest = fixture.import("a", &bytes).digest;
+    let pack = fixture.files("packs").remove(0);
+    let mut block = vec![0; BLOCK_SIZE as usize];
+    let mut good = |scratch: &mut Scratch, numbers: std::ops::Range<u64>| -> Vec<bool> {
+        let template = fixture.store().template(&digest).unwrap();
+        let read = |number: u64| {
+            scratch.announce(15 - number);
+            let done = template.read_block(0, number, scratch, &mut block).is_ok();
+            let start = (number * BLOCK_SIZE) as usize;
+            assert!(!done || block == bytes[start..start + BLOCK_SIZE as usize], "block {number} is wrong");
+            done
+        };
+        numbers.map(read).collect()
+    };
+    assert_eq!(good(&mut Scratch::default(), 0..16), [true; 16]);
+    // Raw records begin behind the header of 256 bytes.
+    let at = 256 + 9 * BLOCK_SIZE + 100;
+    flip(&pack, at);
+    let damaged = [[true; 9].as_slice(), &[false], &[true; 6]].concat();
+    assert_eq!(good(&mut Scratch::default(), 0..16), damaged);
+    let mut scratch = Scratch::default();
+    assert_eq!(good(&mut scratch, 8..10), [true, false]);
+    flip(&pack, at);
+    assert_eq!(good(&mut scratch, 9..10), [true]);
+    let whole = fs::read(&pack).unwrap();
+    fs::File::options().write(true).open(&pack).unwrap().set_len(at).unwrap();
+    assert_eq!(good(&mut Scratch::default(), 0..16), [[true; 9].as_slice(), &[false; 7]].concat());
+    fs::write(&pack, whole).unwrap();
+}

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::cli::clones::working_set::{LaunchSet, Recorded};
+use crate::cli::clones::launch_set::LaunchSet;
+use crate::cli::clones::working_set::Recorded;
 use crate::cli::mount::hydrate;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
@@ -61,7 +62,8 @@ pub struct CloneArgs {
     keep_going: bool,
     /// Launch simulated clones, which map the memory and touch pages, instead of a VMM:
     /// read=AMOUNT,write=AMOUNT, optionally with seed=N, file=NAME and prefault=written; an AMOUNT is a share (5%), pages
-    /// (1024p) or bytes (4M); prefault=written copies the pages that all recordings of the working set have written
+    /// (1024p) or bytes (4M); prefault=written copies the pages of that file that all recordings of the working set have
+    /// written
     #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
     simulate: Option<Simulate>,
     /// Directory for the disks of the clones; each disk is removed with its clone [default: the runtime directory of
@@ -197,7 +199,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     if global.shows_progress() {
         hydrate::show(&target, &*global.progress(), &cancel);
     }
-    let working_set = args.working_set.begin(&store, &target, args.count, &cancel)?;
+    let mut working_set = args.working_set.begin(&store, &target, args.count, &cancel)?;
     let start = Instant::now();
     let launched = launch(&order, &*global.progress())?;
     // From here on, the mappings of the clones protect the template from removal.
@@ -214,7 +216,11 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         Kind::Simulated | Kind::Command => {}
     }
     warnings.iter().for_each(|warning| crate::print_line!("note: {warning}"));
-    let (warmed, recorded) = working_set.finish(&store, &launched.clones, &cancel)?;
+    let warmed = working_set.warmed(&cancel);
+    let (recorded, not_recorded) = match working_set.recorded(&store, &launched.clones, &cancel) {
+        Ok(recorded) => (recorded, None),
+        Err(error) => (None, Some(error.context("the clone runs, but its working set was not recorded"))),
+    };
     let failed = !launched.failures.is_empty();
     let mut code = 0;
     let report = |clones, failures, ended| CloneReport {
@@ -236,9 +242,10 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     } else {
         Done::report(report(launched.clones, launched.failures, false))
     };
-    Ok(match (failed, code) {
-        (true, _) => done.exit_as(Code::Failed),
-        (false, code) => done.exit_code(code),
+    Ok(match (not_recorded, failed, code) {
+        (Some(error), ..) => done.but_failed(error),
+        (None, true, _) => done.exit_as(Code::Failed),
+        (None, false, code) => done.exit_code(code),
     })
 }
 

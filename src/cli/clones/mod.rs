@@ -6,6 +6,7 @@ pub(super) mod clone;
 pub(super) mod density;
 pub(super) mod dirty;
 pub(super) mod explain;
+mod launch_set;
 pub(super) mod logs;
 pub(super) mod ps;
 pub(super) mod stop;

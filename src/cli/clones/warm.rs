@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::cli::clones::working_set::no_set;
+use crate::cli::clones::working_set::{no_set, set_name};
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::cli::{Global, interrupt};
@@ -38,7 +38,7 @@ pub struct WarmArgs {
     #[arg(value_name = "T", value_parser = word::<TemplateRef>)]
     template: TemplateRef,
     /// Name of the working set
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_SET)]
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_SET, value_parser = set_name)]
     set: String,
     /// Keep the pages in memory until this command is interrupted: it maps the template and locks the pages. Other commands
     /// list its process among those that map the template
@@ -57,7 +57,7 @@ struct WarmReport {
     pages: PageCount,
     /// Null with `--dry-run`.
     warmed: Option<Warmed>,
-    /// Null if there are no clones.
+    /// Null if there are no clones, or if a process cannot be inspected.
     comparison: Option<Comparison>,
 }
 
@@ -111,17 +111,21 @@ impl Report for WarmReport {
 pub fn run(args: &WarmArgs, global: &Global) -> Result<Done> {
     let store = Store::open(&global.store)?;
     let (target, _lease) = Target::find(&store, &args.template, "warm")?;
-    let set = store.working_sets(&target.digest)?.remove(&args.set);
+    let set = store.working_set(&target.digest, &args.set)?;
     let set = set.ok_or_else(|| no_set(&target.name, &args.set))?;
     let stop = interrupt::flag()?;
-    let comparison = compare(&target.digest, &set, &control::mounts()?)?;
+    let compared = control::mounts().and_then(|mounts| compare(&target.digest, &set, &mounts));
+    let comparison = compared.unwrap_or_else(|error| {
+        log::warn!("the set is not compared with the clones: {error}");
+        None
+    });
     let warmed = match args.dry_run {
         true => None,
         false => Some(warm(&target.dir, &target.files, &set, &stop, &*global.progress())?),
     };
     if args.pin {
-        let _pinned = pin(&target.dir, &target.files, &set)?;
-        crate::print_line!("pinned {}: interrupt this command to release them", set.pages().bytes());
+        let _pinned = pin(&target.dir, &target.files, &set, &stop)?;
+        crate::print_line!("{} pinned until this command is interrupted", set.pages().bytes());
         wait(&stop);
     }
     Ok(Done::report(WarmReport {

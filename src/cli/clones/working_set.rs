@@ -1,12 +1,8 @@
-//! `stencil working-set`: records, lists and removes the working sets of templates; and the options of `stencil clone`
-//! that record and warm one.
+//! `stencil working-set`: records, lists and removes the working sets of templates.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -18,14 +14,10 @@ use crate::cli::output::{Done, Report, to_json};
 use crate::cli::value_parsers::word;
 use crate::cli::{Global, interrupt};
 use crate::clones::counted;
-use crate::clones::launch::Target;
-use crate::clones::registry::Entry;
-use crate::clones::working_set::{Warmed, drop_unmapped, record, warm};
+use crate::clones::working_set::{count, record};
 use crate::control;
 use crate::error::{Error, Result};
-use crate::progress::Silent;
-use crate::store::{DEFAULT_SET, Digest, FileSet, Store, TemplateRef, WorkingSet, check_name};
-use crate::sys::process::{avoid_huge_pages, threads};
+use crate::store::{DEFAULT_SET, Digest, Store, TemplateRef, WorkingSet, check_name};
 use crate::units::{Bytes, PageCount};
 
 /// Record which pages of a template its clones use, for 'stencil warm' and 'stencil clone'
@@ -98,22 +90,8 @@ pub struct RmArgs {
     set: String,
 }
 
-/// Options of `stencil clone` for working sets.
-#[derive(Debug, Args)]
-pub struct LaunchSet {
-    /// Name of the working set to read or to record
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_SET, value_parser = set_name)]
-    working_set: String,
-    /// Do not read the working set of the template while the clones start
-    #[arg(long)]
-    no_warm: bool,
-    /// Record the pages that the clone uses during its launch and SECONDS after it, 10 by default, and add them to the
-    /// working set. Needs -n 1. The clone gets no huge pages, and the working set is not read
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "10")]
-    record_working_set: Option<u32>,
-}
-
-fn set_name(text: &str) -> Result<String, String> {
+/// Parses the name of a working set.
+pub fn set_name(text: &str) -> Result<String, String> {
     check_name("name of a working set", text).map(|()| text.to_owned()).map_err(|e| e.to_string())
 }
 
@@ -130,12 +108,19 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    fn add(store: &Store, set: &str, pid: u32, duration: Duration, stop: &AtomicBool) -> Result<Recorded> {
+    /// Records a clone and adds the recording to a set.
+    ///
+    /// # Errors
+    /// Returns an error if the clone cannot be inspected, or if the set cannot be stored.
+    pub fn add(
+        store: &Store,
+        set: &str,
+        pid: u32,
+        duration: Duration,
+        stop: &AtomicBool,
+    ) -> Result<Recorded> {
         let (digest, used) = record(pid, &control::mounts()?, duration, stop)?;
         let merged = store.add_recording(&digest, set, &used)?;
-        let count = |ranges: &[Range<u64>]| -> PageCount {
-            ranges.iter().map(|range| PageCount::new(range.end - range.start)).sum()
-        };
         Ok(Recorded {
             digest,
             set: set.to_owned(),
@@ -245,7 +230,12 @@ pub fn run(args: &WorkingSetArgs, global: &Global) -> Result<Done> {
         }
         WorkingSetCommand::Ls(args) => {
             let digest = store.resolve(&args.template)?;
-            let working_sets = store.working_sets(&digest)?.into_iter().map(row).collect();
+            let names: Vec<String> = store.template(&digest)?.policy().working_sets.keys().cloned().collect();
+            let found = names.into_iter().map(|name| {
+                let set = store.working_set(&digest, &name)?.unwrap_or_default();
+                Ok(row((name, set)))
+            });
+            let working_sets = found.collect::<Result<_>>()?;
             Ok(Done::report(List { digest, working_sets }))
         }
         WorkingSetCommand::Rm(args) => {
@@ -269,93 +259,5 @@ fn row((name, set): (String, WorkingSet)) -> Row {
         pages: set.pages(),
         bytes: set.pages().bytes(),
         files: files.collect(),
-    }
-}
-
-/// The part of a launch that records or reads a working set.
-pub struct Launching<'a> {
-    args: &'a LaunchSet,
-    warming: Option<JoinHandle<Result<Warmed>>>,
-}
-
-impl LaunchSet {
-    /// Begins to read the working set of the template, if it has one, or prepares this process so that the page tables of
-    /// the clone show the pages that it uses.
-    ///
-    /// # Errors
-    /// Returns `Code::Usage` for a recording of several clones, and an error if the set cannot be read.
-    pub fn begin(
-        &self,
-        store: &Store,
-        target: &Target,
-        count: u32,
-        stop: &Arc<AtomicBool>,
-    ) -> Result<Launching<'_>> {
-        if self.record_working_set.is_some() {
-            if count != 1 {
-                return Err(Error::usage("cannot record the working set of several clones")
-                    .hint("launch one clone: -n 1; a recording of another clone can be added later"));
-            }
-            avoid_huge_pages()?;
-            drop_unmapped(&target.dir, &target.files)?;
-        }
-        let is_wanted = self.record_working_set.is_none() && !self.no_warm;
-        let set = match is_wanted {
-            true => store.working_sets(&target.digest)?.remove(&self.working_set),
-            false => None,
-        };
-        if is_wanted && set.is_none() && self.working_set != DEFAULT_SET {
-            return Err(no_set(&target.name, &self.working_set));
-        }
-        let start = |set: WorkingSet| {
-            let (dir, files, stop) = (target.dir.clone(), target.files.clone(), Arc::clone(stop));
-            threads::start(move || warm(&dir, &files, &set, &stop, &Silent))
-        };
-        Ok(Launching { args: self, warming: set.map(start).transpose()? })
-    }
-}
-
-impl LaunchSet {
-    /// Returns the pages of each file that all recordings of the set have written.
-    ///
-    /// # Errors
-    /// Returns `Code::NotFound` if the template has no such set.
-    pub fn written(&self, store: &Store, target: &Target) -> Result<BTreeMap<String, Vec<Range<u64>>>> {
-        let set = store.working_sets(&target.digest)?.remove(&self.working_set);
-        let set = set.ok_or_else(|| no_set(&target.name, &self.working_set))?;
-        let written = |(name, file): (String, FileSet)| (name, file.written.in_all(set.recordings));
-        Ok(set.files.into_iter().map(written).collect())
-    }
-}
-
-impl Launching<'_> {
-    /// Waits until the working set has been read, or records the clone. An error of the reads goes to the log: the clones
-    /// read the same pages.
-    ///
-    /// # Errors
-    /// Returns an error if the recording fails; the clone goes on running.
-    pub fn finish(
-        self,
-        store: &Store,
-        clones: &[Entry],
-        stop: &AtomicBool,
-    ) -> Result<(Option<Warmed>, Option<Recorded>)> {
-        let read = self.warming.map(|thread| thread.join());
-        let warmed = match read {
-            Some(Ok(Ok(warmed))) => Some(warmed),
-            Some(Ok(Err(error))) => {
-                log::warn!("{error}");
-                None
-            }
-            Some(Err(_)) | None => None,
-        };
-        let recorded = match (self.args.record_working_set, clones) {
-            (Some(seconds), [clone]) => {
-                let duration = Duration::from_secs(seconds.into());
-                Some(Recorded::add(store, &self.args.working_set, clone.pid, duration, stop)?)
-            }
-            _ => None,
-        };
-        Ok((warmed, recorded))
     }
 }

@@ -103,8 +103,10 @@ fn watch(launch: &str) {
     };
     let mut clones = HashMap::new();
     for (number, (id, process, pidfd)) in (0..).zip(entries.filter_map(open)) {
-        if epoll::add(&exits, &pidfd, EventData::new_u64(number), EventFlags::IN).is_err() {
-            return;
+        // Without this watch, only the exit record of this clone is missing.
+        if let Err(error) = epoll::add(&exits, &pidfd, EventData::new_u64(number), EventFlags::IN) {
+            log::warn!("cannot watch clone {id}: {error}");
+            continue;
         }
         clones.insert(number, (id, process, pidfd));
     }

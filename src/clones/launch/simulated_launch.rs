@@ -1,13 +1,12 @@
 //! Simulated launches, the launcher's side: sends start requests to a zygote and receives its status messages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::process::Signal;
 
 use super::active_launch::ActiveLaunch;
 use super::job::{self, OrderFile};
@@ -25,9 +24,9 @@ use crate::units::{Bytes, PAGE_SIZE};
 /// Interval of the checks whether the launch was cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Maximum number of requests that the zygote has not read. They fit into the pipe: the zygote may wait for this process
-/// to read its messages, so this process must not wait for the zygote.
-const MAX_REQUESTS: usize = 1000;
+/// Maximum number of start requests that the zygote has not answered. The requests fit into the smallest pipe, 4 KiB: the
+/// zygote may wait for this process to read its messages, so this process must not wait for the zygote.
+const MAX_REQUESTS: usize = 300;
 
 /// Time limit for the zygote to release all clones.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -125,11 +124,12 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
         let mut requests = String::new();
         while next < active.order.count
             && clones.starting.len() < active.order.parallel.max(1) as usize
-            && clones.starting.len() < clones.started.len() + MAX_REQUESTS
+            && clones.requested.len() < MAX_REQUESTS
             && !active.is_over()
         {
             requests.push_str(&format!("start {next}\n"));
             clones.starting.insert(next, Instant::now() + active.order.ready_timeout);
+            clones.requested.insert(next);
             next += 1;
         }
         held.input.write_all(requests.as_bytes()).map_err(|e| held.died().because(e))?;
@@ -143,6 +143,8 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
             clones.starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
         for index in late {
             clones.starting.remove(&index);
+            // The zygote kills the worker before it releases others, also if its messages were not read yet.
+            writeln!(held.input, "cancel {index}").map_err(|e| held.died().because(e))?;
             if let Some(entry) = clones.started.remove(&index) {
                 entry.destroy()?;
             }
@@ -157,6 +159,8 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
 /// The clones of a launch by index, in the order of their states.
 #[derive(Default)]
 struct Clones {
+    /// Clones that the zygote was asked to start and about which it has sent no message.
+    requested: BTreeSet<u32>,
     /// Ends of the timeouts of requested clones that are not ready.
     starting: BTreeMap<u32, Instant>,
     /// Clones that have a process and are not ready.
@@ -169,18 +173,17 @@ impl Clones {
         let mut words = line.splitn(3, ' ');
         let (verb, index, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
         let Some(index) = index.and_then(|i| i.parse::<u32>().ok()) else { return Ok(()) };
+        self.requested.remove(&index);
         match verb {
             Some("started") => {
                 let process = rest.split_once(' ').and_then(|(pid, identity)| {
                     Some(ProcessId { pid: pid.parse().ok()?, identity: identity.parse().ok()? })
                 });
                 let process = process.ok_or_else(|| Error::failed(format!("invalid message '{line}'")))?;
+                // After the timeout of the clone, the zygote has been asked to kill the process.
                 if self.starting.contains_key(&index) {
                     let entry = active.create(index, Some(process), Some(order.touched))?;
                     self.started.insert(index, entry);
-                } else {
-                    // Started after its timeout.
-                    process.signal(Signal::KILL)?;
                 }
             }
             Some("ready") => {

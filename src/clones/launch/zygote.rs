@@ -6,7 +6,7 @@
 //! and `released`. End of input before `release` means that the launcher died: the zygote exits, and its workers die with
 //! it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -69,13 +69,17 @@ struct Zygote {
     exits: OwnedFd,
     /// The workers by index.
     workers: BTreeMap<u32, Worker>,
+    /// The indexes of the workers by process id.
+    indexes: HashMap<u32, u32>,
+    /// Process ids of killed workers that have not exited yet.
+    killed: HashSet<u32>,
     /// Number of ready workers that have not exited.
     ready: usize,
     /// Number of workers that no longer depend on the zygote.
     free: usize,
 }
 
-/// What has happened during a wait.
+/// The descriptors that a wait has found readable.
 struct Events {
     launcher: bool,
     workers: bool,
@@ -104,6 +108,8 @@ impl Zygote {
             fault,
             exits: process::child_exits()?,
             workers: BTreeMap::new(),
+            indexes: HashMap::new(),
+            killed: HashSet::new(),
             ready: 0,
             free: 0,
         })
@@ -125,10 +131,10 @@ impl Zygote {
 
     /// Runs a worker in its forked process, after closing the zygote's ends of the pipes.
     fn work(self, index: u32, zygote: u32) -> ! {
-        let Zygote { job, pipes, messages, release, fault, exits, workers, .. } = self;
+        let Zygote { job, pipes, messages, release, fault, exits, workers, indexes, killed, .. } = self;
         drop((messages, release, fault, exits));
-        // Dropping the map would write to its pages, which would copy them.
-        std::mem::forget(workers);
+        // Dropping the maps would write to their pages, which would copy them.
+        std::mem::forget((workers, indexes, killed));
         worker::run(&job, index, zygote, pipes)
     }
 
@@ -173,6 +179,14 @@ impl Zygote {
                     index.parse().map_err(|_| Error::usage(format!("invalid clone index '{index}'")))?;
                 self.fork(index)
             }
+            Some(("cancel", index)) => {
+                let worker = index.parse().ok().and_then(|index: u32| self.workers.remove(&index));
+                if let Some(worker) = worker {
+                    self.ready -= usize::from(worker.ready);
+                    self.kill(worker.pid)?;
+                }
+                Ok(Next::Continue)
+            }
             None if line == "release\n" => {
                 self.release_workers()?;
                 tell("released")?;
@@ -187,13 +201,32 @@ impl Zygote {
         match process::fork_single_threaded() {
             Ok(Fork::Child) => return Ok(Next::Work { index, zygote }),
             Ok(Fork::Parent(pid)) => {
-                self.workers.insert(index, Worker { pid, failure: None, ready: false });
-                let identity = ProcessId::of(pid)?.map_or(0, |id| id.identity);
-                tell(&format!("started {index} {pid} {identity}"))?;
+                // A record needs the identity.
+                match ProcessId::of(pid) {
+                    Ok(Some(process)) => {
+                        self.workers.insert(index, Worker { pid, failure: None, ready: false });
+                        self.indexes.insert(pid, index);
+                        tell(&format!("started {index} {pid} {}", process.identity))?;
+                    }
+                    Ok(None) => {
+                        self.kill(pid)?;
+                        tell(&format!("failed {index} the process has exited"))?;
+                    }
+                    Err(error) => {
+                        self.kill(pid)?;
+                        tell(&format!("failed {index} {error}"))?;
+                    }
+                }
             }
             Err(error) => tell(&format!("failed {index} {error}"))?,
         }
         Ok(Next::Continue)
+    }
+
+    /// Kills a worker. Until the worker has exited, it could take the release of another worker.
+    fn kill(&mut self, pid: u32) -> Result<()> {
+        self.killed.insert(pid);
+        process::signal_child(pid, Signal::KILL)
     }
 
     /// Reads and handles messages of the workers.
@@ -260,9 +293,8 @@ impl Zygote {
         while let Some((pid, ended)) = process::reap_one()? {
             // The worker's last message may still be in the pipe.
             self.drain()?;
-            let Some(index) = self.workers.iter().find(|(_, w)| w.pid == pid).map(|(index, _)| *index) else {
-                continue;
-            };
+            self.killed.remove(&pid);
+            let Some(index) = self.indexes.remove(&pid) else { continue };
             let Some(worker) = self.workers.remove(&index) else { continue };
             self.ready -= usize::from(worker.ready);
             let why = match (worker.failure, ended) {
@@ -286,9 +318,9 @@ impl Zygote {
     fn release_workers(&mut self) -> Result<()> {
         let ready = self.ready;
         let mut sent = 0;
-        while self.free < ready {
+        while self.free < ready || !self.killed.is_empty() {
             // Fewer bytes than the pipe's capacity: a write to a full pipe would block this thread.
-            while sent < ready && sent - self.free < 1000 {
+            while self.killed.is_empty() && sent < ready && sent - self.free < 1000 {
                 rustix::io::write(&self.release, b"G")
                     .map_err(|e| Error::failed("cannot release a worker").because(e.into()))?;
                 sent += 1;

@@ -153,8 +153,8 @@ impl Launch {
         };
         loop {
             entry.id = random_id()?;
-            entry.save_in(&directory)?;
             entry.dir = all.path_of(&entry.id);
+            entry.save_in(&directory)?;
             match all.rename(&staged, all, &entry.id) {
                 Ok(()) => return Ok(entry),
                 // A directory that is not empty belongs to another clone.

@@ -5,12 +5,16 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::record::{joined, look, without};
+use super::record::{count, joined, look, without};
 use crate::clones::find::{self, Inodes};
 use crate::control::Mount;
 use crate::error::{Code, Result};
 use crate::store::{Digest, WorkingSet};
+use crate::sys::process::procfs;
 use crate::units::PageCount;
+
+/// Name of the processes of this program, except simulated clones.
+const OWN_NAME: &str = "stencil";
 
 /// The pages that the clones of a template use, against the pages of a working set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -34,14 +38,16 @@ pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Op
     let mut clones = 0;
     let mut touched: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
     for clone in find::search(&inodes)?.complete()? {
-        if clone.maps.iter().all(|map| map.digest != *digest) {
+        let is_other = clone.maps.iter().all(|map| map.digest != *digest);
+        // A process that pins a set has all of its pages.
+        if is_other || procfs::status(clone.pid)?.is_none_or(|status| status.name == OWN_NAME) {
             continue;
         }
         let looks = match look(clone.pid, &inodes) {
             Err(error) if error.code() == Code::NotFound => None,
             other => other?,
         };
-        let Some(looks) = looks else { continue };
+        let Some((_, looks)) = looks else { continue };
         clones += 1;
         for (map, pages, _) in looks.into_iter().filter(|(map, ..)| map.digest == *digest) {
             let all = touched.entry(map.file).or_default();
@@ -51,9 +57,6 @@ pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Op
     if clones == 0 {
         return Ok(None);
     }
-    let count = |ranges: &[Range<u64>]| -> PageCount {
-        ranges.iter().map(|range| PageCount::new(range.end - range.start)).sum()
-    };
     let (mut touched_pages, mut missed) = (PageCount::ZERO, PageCount::ZERO);
     for (name, pages) in &touched {
         let in_set = set.files.get(name).map(|set| set.touched.sorted()).unwrap_or_default();

@@ -5,5 +5,5 @@ mod record;
 mod warm;
 
 pub use compare::{Comparison, compare};
-pub use record::{drop_unmapped, record};
+pub use record::{count, drop_unmapped, record};
 pub use warm::{Warmed, pin, warm};

@@ -19,11 +19,15 @@ use crate::store::{Digest, TemplateFile, Used};
 use crate::sys::memory::cachestat;
 use crate::sys::memory::mapping::{Advice, Mapping, Request};
 use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
-use crate::units::{Bytes, PAGE_SIZE};
+use crate::sys::process::ProcessId;
+use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// Interval between two looks at the page tables. Pages that are first seen in one look are recorded in the order of
 /// the file.
 const INTERVAL: Duration = Duration::from_millis(20);
+
+/// Shortest pause after a look, in durations of the look.
+const REST: u32 = 4;
 
 /// The pages of one file that earlier looks have seen, in ascending order.
 type Seen = Vec<Range<u64>>;
@@ -42,17 +46,25 @@ pub fn record(
 ) -> Result<(Digest, BTreeMap<String, Used>)> {
     let inodes = Inodes::of(mounts)?;
     let end = Instant::now() + duration;
-    let mut digest = None;
+    let mut first = None;
     let mut files: BTreeMap<String, (Seen, Used)> = BTreeMap::new();
     loop {
+        let begin = Instant::now();
         let found = match look(pid, &inodes) {
-            // The process has exited, or maps no template any more.
+            Ok(found) => found,
+            // The process has exited.
             Err(error) if error.code() == Code::NotFound => None,
-            other => other?,
+            Err(error) if first.is_some() => {
+                log::warn!("the recording ends early: {error}");
+                None
+            }
+            Err(error) => return Err(error),
         };
-        let Some(maps) = found else { break };
+        let Some((process, maps)) = found else { break };
         for (map, touched, written) in maps {
-            if *digest.get_or_insert(map.digest) != map.digest {
+            let seen_first = first.get_or_insert((process, map.digest));
+            if *seen_first != (process, map.digest) {
+                // Another process with the same id, or another template that the process maps too.
                 continue;
             }
             let (seen, used) = files.entry(map.file).or_default();
@@ -64,18 +76,20 @@ pub fn record(
         if left.is_zero() || stop.load(Ordering::Relaxed) {
             break;
         }
-        thread::sleep(INTERVAL.min(left));
+        // A look holds the lock of the address space, which the process needs to change its mappings.
+        let pause = INTERVAL.max(begin.elapsed() * REST);
+        thread::sleep(pause.min(left));
     }
-    let digest = digest.ok_or_else(|| {
+    let (_, digest) = first.ok_or_else(|| {
         Error::not_found(format!("process {pid} maps no template of a mount on this host"))
             .hint("run 'stencil ps' to list the clones")
     })?;
     Ok((digest, files.into_iter().map(|(name, (_, used))| (name, used)).collect()))
 }
 
-/// Drops the pages of these files that no process maps from the page cache. A page of a large folio of the cache is mapped
-/// together with all others of the folio, so the page tables of a clone would show pages that the clone never used. The
-/// kernel reads dropped pages again in small folios.
+/// Drops the pages of these files that no process maps from the page cache, but for pages that another processor has read
+/// just now. A page of a large folio of the cache is mapped together with all others of the folio, so the page tables of a
+/// clone would show pages that the clone never used. The kernel reads dropped pages again in small folios.
 ///
 /// # Errors
 /// Returns an error if a file cannot be opened or mapped.
@@ -101,12 +115,13 @@ pub fn drop_unmapped(dir: &Path, files: &[TemplateFile]) -> Result<()> {
 type Look = (TemplateMapping, Vec<Range<u64>>, Vec<Range<u64>>);
 
 /// Reads the page tables of a process; `None` if the process maps no template.
-pub(super) fn look(pid: u32, inodes: &Inodes) -> Result<Option<Vec<Look>>> {
+pub(super) fn look(pid: u32, inodes: &Inodes) -> Result<Option<(ProcessId, Vec<Look>)>> {
     let Some(clone) = find::look_at(pid, inodes)? else { return Ok(None) };
     let pagemap = Pagemap::open(pid)?;
     if !clone.process().is_alive() {
         return Ok(None);
     }
+    let process = clone.process();
     let mut looks = Vec::with_capacity(clone.maps.len());
     for map in clone.maps {
         let present = Query { all: Categories::FILE | Categories::PRESENT, ..Query::default() };
@@ -118,7 +133,12 @@ pub(super) fn look(pid: u32, inodes: &Inodes) -> Result<Option<Vec<Look>>> {
         let touched = joined(clean.map(pages).chain(written.iter().cloned()).collect());
         looks.push((map, touched, written));
     }
-    Ok(Some(looks))
+    Ok(Some((process, looks)))
+}
+
+/// Returns the number of pages of ranges that do not overlap.
+pub fn count(ranges: &[Range<u64>]) -> PageCount {
+    ranges.iter().map(|range| PageCount::new(range.end - range.start)).sum()
 }
 
 /// Sorts ranges and joins those that touch or overlap.

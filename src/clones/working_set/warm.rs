@@ -4,13 +4,14 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::record::without;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::{TemplateFile, WorkingSet};
@@ -46,8 +47,33 @@ fn seconds<S: serde::Serializer>(duration: &Duration, serializer: S) -> std::res
 /// A file of the template and its pages in the set, as byte ranges in the order of their first use.
 struct SetFile {
     file: File,
-    view: Mapping,
+    path: PathBuf,
     ranges: Vec<Range<u64>>,
+}
+
+impl SetFile {
+    /// Maps the whole file, shared and read-only.
+    fn map(&self) -> Result<Mapping> {
+        let fail = |e| Error::io("cannot map", &self.path, e);
+        let length = Bytes::new(self.file.metadata().map_err(fail)?.len().next_multiple_of(PAGE_SIZE));
+        let request = Request { sharing: Sharing::Shared, ..Request::view(self.file.as_fd(), length) };
+        Mapping::new(&request).map_err(fail)
+    }
+
+    /// Returns the parts of the ranges that are not in the page cache.
+    fn missing(&self) -> Result<Vec<Range<u64>>> {
+        if !rustix::process::geteuid().is_root() {
+            // The kernel shows the page cache only to users who may write the file, and all pages as resident to others.
+            return Ok(self.ranges.clone());
+        }
+        let view = self.map()?;
+        let mut missing = Vec::new();
+        for range in &self.ranges {
+            missing
+                .extend(without(std::slice::from_ref(range), &cachestat::in_core_of(&view, range.clone())?));
+        }
+        Ok(missing)
+    }
 }
 
 /// Reads the pages of `set` that are not in the page cache, from the template in directory `dir` of a mount. The
@@ -65,14 +91,11 @@ pub fn warm(
     let start = Instant::now();
     let files = open(dir, files, set)?;
     let (mut pages, mut chunks) = (0, Vec::new());
-    for SetFile { file, view, ranges } in &files {
-        for range in ranges {
-            pages += (range.end - range.start) / PAGE_SIZE;
-            let cached = cachestat::in_core_of(view, range.clone())?;
-            for missing in super::record::without(std::slice::from_ref(range), &cached) {
-                let parts = (missing.start..missing.end).step_by(to_usize(CHUNK));
-                chunks.extend(parts.map(|start| (file, start..(start + CHUNK).min(missing.end))));
-            }
+    for set_file in &files {
+        pages += set_file.ranges.iter().map(|range| (range.end - range.start) / PAGE_SIZE).sum::<u64>();
+        for missing in set_file.missing()? {
+            let parts = (missing.start..missing.end).step_by(to_usize(CHUNK));
+            chunks.extend(parts.map(|start| (set_file, start..(start + CHUNK).min(missing.end))));
         }
     }
     let to_read: u64 = chunks.iter().map(|(_, part)| part.end - part.start).sum();
@@ -81,13 +104,14 @@ pub fn warm(
     let read = Mutex::new(0);
     let done = threads::share(THREADS.min(chunks.len()), || {
         let mut buffer = vec![0; to_usize(CHUNK)];
-        while let Some((file, part)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some((SetFile { file, path, .. }, part)) = chunks.get(next.fetch_add(1, Ordering::Relaxed))
+        {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
             let buffer = &mut buffer[..to_usize(part.end - part.start)];
             // The last page may end behind the file.
-            let got = file.read_at(buffer, part.start).map_err(|e| cannot_read(dir, e))?;
+            let got = file.read_at(buffer, part.start).map_err(|e| cannot_read(path, e))?;
             let got = Bytes::new(got as u64);
             *read.lock().unwrap_or_else(std::sync::PoisonError::into_inner) += got.get().div_ceil(PAGE_SIZE);
             progress.advance(got);
@@ -104,21 +128,23 @@ pub fn warm(
     })
 }
 
-/// Reads the pages of a working set and keeps them in memory as long as the returned mappings live.
+/// Reads the pages of a working set and keeps them in memory as long as the returned mappings live. Stops early if `stop`
+/// is set.
 ///
 /// # Errors
 /// Returns an error if a file of the template cannot be opened or mapped, or if its pages cannot be locked.
-pub fn pin(dir: &Path, files: &[TemplateFile], set: &WorkingSet) -> Result<Vec<Mapping>> {
-    let pinned = open(dir, files, set)?.into_iter().map(|SetFile { view, ranges, .. }| {
-        for range in ranges {
-            view.lock(range).map_err(|e| {
-                Error::io("cannot lock the working set of the template in memory", dir, e)
+pub fn pin(dir: &Path, files: &[TemplateFile], set: &WorkingSet, stop: &AtomicBool) -> Result<Vec<Mapping>> {
+    let pin = |file: SetFile| {
+        let view = file.map()?;
+        for range in file.ranges.iter().take_while(|_| !stop.load(Ordering::Relaxed)) {
+            view.lock(range.clone()).map_err(|e| {
+                Error::io("cannot lock the working set of the template in memory", &file.path, e)
                     .hint("raise the limit with 'ulimit -l unlimited', or free memory")
             })?;
         }
         Ok(view)
-    });
-    pinned.collect()
+    };
+    open(dir, files, set)?.into_iter().map(pin).collect()
 }
 
 fn open(dir: &Path, files: &[TemplateFile], set: &WorkingSet) -> Result<Vec<SetFile>> {
@@ -137,14 +163,12 @@ fn open(dir: &Path, files: &[TemplateFile], set: &WorkingSet) -> Result<Vec<SetF
         }
         let path = dir.join(name);
         let file = File::open(&path).map_err(|e| Error::io("cannot warm the template", &path, e))?;
-        let request = Request { sharing: Sharing::Shared, ..Request::view(file.as_fd(), end) };
-        let view = Mapping::new(&request).map_err(|e| Error::io("cannot map", &path, e))?;
-        opened.push(SetFile { file, view, ranges });
+        opened.push(SetFile { file, path, ranges });
     }
     Ok(opened)
 }
 
-fn cannot_read(dir: &Path, error: std::io::Error) -> Error {
-    Error::io("cannot read the working set of the template", dir, error)
+fn cannot_read(path: &Path, error: std::io::Error) -> Error {
+    Error::io("cannot read the working set of the template", path, error)
         .hint("run 'stencil status' to see the state of the mount, and 'stencil verify' to find damage")
 }

@@ -29,6 +29,8 @@ const MAX_OPEN: usize = 512;
 pub(in crate::store) struct AlignedBuffer {
     memory: Vec<u8>,
     held: Option<Held>,
+    /// A range of a pack that cannot be read as a whole.
+    unreadable: Option<(PackId, Range<u64>)>,
 }
 
 /// The bytes of a pack that a buffer holds.
@@ -58,6 +60,11 @@ impl AlignedBuffer {
             held.pack == pack && held.range.start <= record.start && record.end <= held.range.end
         };
         self.held.as_ref().is_some_and(is_in)
+    }
+
+    /// Forgets the held bytes: the next read comes from the disk.
+    pub fn forget(&mut self) {
+        self.held = None;
     }
 
     /// Returns held bytes of a range.
@@ -110,8 +117,8 @@ impl PackFile {
             .hint("run 'stencil verify' to list the affected templates; import the same memory again to repair them")
     }
 
-    /// Returns the record `stored`: from `buffer`, if the last read covered it. Otherwise reads it, and with it the bytes
-    /// up to the offset `end`, where the records are that the caller needs next.
+    /// Returns the record `stored`: from `buffer`, if the last read covered it. Otherwise reads the record together with
+    /// the records behind it, up to the offset `end`: the caller needs these next.
     pub fn record<'a>(&self, stored: Stored, end: u64, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
         let record = stored.range();
         if record.start < PackHeader::LEN as u64 || record.end > self.header.index_offset {
@@ -122,9 +129,19 @@ impl PackFile {
             return Err(Invalid::Damage(why).in_file("pack", &self.path));
         }
         if !buffer.holds(self.header.id, stored) {
-            let more = record.start..end.clamp(record.end, self.header.index_offset);
-            // Behind the record there may be a bad sector.
-            if more == record || self.load(more, buffer).is_err() {
+            let id = self.header.id;
+            let is_in = |(pack, range): &(PackId, Range<u64>)| *pack == id && range.contains(&record.start);
+            let end = match buffer.unreadable.as_ref().is_some_and(is_in) {
+                true => record.end,
+                false => end.clamp(record.end, self.header.index_offset),
+            };
+            let run = record.start..end;
+            if run == record {
+                self.load(run, buffer)?;
+            } else if self.load(run.clone(), buffer).is_err() {
+                // A bad sector in the run: the records are read one by one, so that only the damaged one fails, and the
+                // device tries the sector no more often than without the run.
+                buffer.unreadable = Some((id, run));
                 self.load(record.clone(), buffer)?;
             }
         }

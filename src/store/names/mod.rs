@@ -1,4 +1,4 @@
-//! Names of templates: tags, references, inode numbers; and what may change: the policy with the working sets.
+//! Names of templates: tags, references, inode numbers; and the policy, with the working sets.
 
 pub(super) mod owner;
 pub(super) mod policy;

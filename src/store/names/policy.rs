@@ -10,7 +10,6 @@ use crate::store::disk::open::{Store, no_template};
 use crate::store::disk::path::StorePath;
 use crate::store::disk::session::replace_file;
 use crate::store::format::Invalid;
-use crate::store::names::working_set::StoredSet;
 use crate::units::Bytes;
 
 /// Default mode of a template's files: readable for all users, not writable.
@@ -36,9 +35,9 @@ pub struct Policy {
     /// Recipe for launching clones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<serde_json::Value>,
-    /// Working sets, by name.
+    /// Working sets, by name. A set is decoded when it is used; the sets of a later version are preserved.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub working_sets: BTreeMap<String, StoredSet>,
+    pub working_sets: BTreeMap<String, serde_json::Value>,
     /// Fields of a later version, preserved when the policy is rewritten.
     #[serde(flatten)]
     pub unknown: BTreeMap<String, serde_json::Value>,
@@ -132,7 +131,7 @@ mod tests {
             labels: BTreeMap::from([("a".into(), "b".into())]),
             created: 7,
             recipe: Some(serde_json::json!({"argv": ["qemu"]})),
-            working_sets: BTreeMap::from([("boot".into(), StoredSet::default())]),
+            working_sets: BTreeMap::from([("boot".into(), serde_json::json!({"later": 1}))]),
             unknown: BTreeMap::from([("later".into(), serde_json::json!({"x": [1, null]}))]),
         };
         let bytes = policy.encode().unwrap();

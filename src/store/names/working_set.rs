@@ -3,12 +3,12 @@
 //! A set is advice: it determines which pages are read early, never which bytes a page has. It is part of the policy of a
 //! template, so the digest does not depend on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::Digest;
 use crate::store::disk::open::Store;
 use crate::store::format::Invalid;
@@ -18,13 +18,19 @@ use crate::units::PageCount;
 /// Name of the set that commands use unless another one is named.
 pub const DEFAULT_SET: &str = "default";
 
-/// Maximum number of extents in one list. A recording with more extents is stored with the smallest gaps filled.
+/// Maximum number of extents in one list.
 const MAX_EXTENTS: usize = 8192;
+
+/// Maximum length of the texts of all sets of a template in bytes, half of a policy.
+const MAX_LENGTH: usize = 512 << 10;
+
+/// Largest index of a page: a file of 256 TiB. Sums over all files of a set then fit into 64 bits.
+const MAX_PAGE: u64 = 1 << 36;
 
 /// Weight of a page that a recording has for the first time.
 const NEW: u8 = 128;
 
-/// Smallest weight in a set. A page leaves the set when three recordings in a row, or fewer, do not have it.
+/// Smallest weight in a set. A page leaves the set when three recordings in a row do not have it.
 const MIN_WEIGHT: u8 = 32;
 
 /// Consecutive pages with equal weight.
@@ -68,14 +74,14 @@ pub struct WorkingSet {
     pub files: BTreeMap<String, FileSet>,
 }
 
-/// A working set as the policy stores it. The lists are text, which is parsed only when the set is used.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoredSet {
+/// A working set as the policy stores it.
+#[derive(Serialize, Deserialize)]
+struct StoredSet {
     recordings: u32,
     files: BTreeMap<String, StoredFile>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct StoredFile {
     touched: String,
     written: String,
@@ -107,8 +113,8 @@ impl Extents {
         extents.into_iter().map(|extent| extent.pages.clone()).collect()
     }
 
-    /// Adds a recording.
-    fn merge(&mut self, recorded: &[Range<u64>]) {
+    /// Adds a recording. `shorten` reduces a list with too many extents.
+    fn merge(&mut self, recorded: &[Range<u64>], shorten: impl Fn(Vec<Extent>) -> Vec<Extent>) {
         let mut old: Vec<_> = self.0.iter().map(|e| (e.pages.clone(), e.weight)).collect();
         old.sort_by_key(|(range, _)| range.start);
         let mut new: Vec<_> = recorded.iter().map(|range| (range.clone(), NEW)).collect();
@@ -124,7 +130,7 @@ impl Extents {
                 push(&mut merged, Extent { pages, weight: extent.weight / 2 });
             }
         }
-        self.0 = at_most(MAX_EXTENTS, merged);
+        self.0 = if merged.len() > MAX_EXTENTS { shorten(merged) } else { merged };
     }
 
     /// Formats the extents: `FIRST+PAGES` for each, and `wWEIGHT` before those with another weight than the extent before.
@@ -153,7 +159,7 @@ impl Extents {
             }
             let numbers = word.split_once('+').and_then(|(first, pages)| {
                 let (first, pages): (u64, u64) = (first.parse().ok()?, pages.parse().ok()?);
-                Some(first..first.checked_add(pages)?)
+                Some(first..first.checked_add(pages).filter(|end| *end <= MAX_PAGE)?)
             });
             let is_valid = |pages: &Range<u64>| !pages.is_empty() && weight > 0;
             let pages = numbers.filter(is_valid).ok_or_else(|| invalid(word))?;
@@ -199,29 +205,36 @@ fn push(extents: &mut Vec<Extent>, extent: Extent) {
     }
 }
 
-/// Fills the smallest gaps between extents until there are at most `limit`.
-fn at_most(limit: usize, extents: Vec<Extent>) -> Vec<Extent> {
-    if extents.len() <= limit {
-        return extents;
-    }
+/// Fills the smallest gaps between extents, as many as there are extents beyond the limit.
+fn fill_gaps(limit: usize, extents: Vec<Extent>) -> Vec<Extent> {
     let mut placed: Vec<(usize, Extent)> = extents.into_iter().enumerate().collect();
     placed.sort_by_key(|(_, extent)| extent.pages.start);
-    let mut gap = 0;
-    while placed.len() > limit {
-        let mut joined: Vec<(usize, Extent)> = Vec::new();
-        for (place, extent) in placed {
-            match joined.last_mut() {
-                Some((first, last)) if extent.pages.start - last.pages.end <= gap => {
-                    *first = place.min(*first);
-                    last.weight = last.weight.max(extent.weight);
-                    last.pages.end = extent.pages.end;
-                }
-                _ => joined.push((place, extent)),
+    let gap = |before: usize| placed[before + 1].1.pages.start - placed[before].1.pages.end;
+    let mut gaps: Vec<usize> = (0..placed.len().saturating_sub(1)).collect();
+    gaps.sort_by_key(|before| gap(*before));
+    gaps.truncate(placed.len().saturating_sub(limit));
+    let filled: HashSet<usize> = gaps.into_iter().collect();
+    let mut joined: Vec<(usize, Extent)> = Vec::with_capacity(limit);
+    for (number, (place, extent)) in placed.into_iter().enumerate() {
+        match joined.last_mut() {
+            Some((first, last)) if number > 0 && filled.contains(&(number - 1)) => {
+                *first = place.min(*first);
+                last.weight = last.weight.max(extent.weight);
+                last.pages.end = extent.pages.end;
             }
+            _ => joined.push((place, extent)),
         }
-        placed = joined;
-        gap = (2 * gap).max(1);
     }
+    joined.sort_by_key(|(place, _)| *place);
+    joined.into_iter().map(|(_, extent)| extent).collect()
+}
+
+/// Drops the extents with the smallest weights, and the shortest ones of these, beyond the limit.
+fn drop_lightest(limit: usize, extents: Vec<Extent>) -> Vec<Extent> {
+    let mut placed: Vec<(usize, Extent)> = extents.into_iter().enumerate().collect();
+    let weight = |extent: &Extent| (extent.weight, extent.pages.end - extent.pages.start);
+    placed.sort_by_key(|(_, extent)| std::cmp::Reverse(weight(extent)));
+    placed.truncate(limit);
     placed.sort_by_key(|(place, _)| *place);
     placed.into_iter().map(|(_, extent)| extent).collect()
 }
@@ -236,8 +249,9 @@ impl WorkingSet {
         let nothing = Used::default();
         for (name, set) in &mut self.files {
             let used = used.get(name).unwrap_or(&nothing);
-            set.touched.merge(&used.touched);
-            set.written.merge(&used.written);
+            set.touched.merge(&used.touched, |extents| fill_gaps(MAX_EXTENTS, extents));
+            // A page that no clone has written must not be copied.
+            set.written.merge(&used.written, |extents| drop_lightest(MAX_EXTENTS, extents));
         }
     }
 
@@ -247,44 +261,45 @@ impl WorkingSet {
     }
 }
 
-impl StoredSet {
-    fn encode(set: &WorkingSet) -> StoredSet {
+impl WorkingSet {
+    fn encode(&self) -> serde_json::Value {
         let file =
             |set: &FileSet| StoredFile { touched: set.touched.encode(), written: set.written.encode() };
-        let files = set.files.iter().map(|(name, set)| (name.clone(), file(set))).collect();
-        StoredSet { recordings: set.recordings, files }
+        let files = self.files.iter().map(|(name, set)| (name.clone(), file(set))).collect();
+        serde_json::to_value(StoredSet { recordings: self.recordings, files }).unwrap_or_default()
     }
 
-    pub(in crate::store) fn decode(&self) -> std::result::Result<WorkingSet, Invalid> {
+    /// Decodes a set of a policy.
+    pub(in crate::store) fn decode(value: &serde_json::Value) -> std::result::Result<WorkingSet, Invalid> {
+        let stored = StoredSet::deserialize(value)
+            .map_err(|e| Invalid::Newer(format!("unsupported working set: {e}")))?;
         let mut files = BTreeMap::new();
-        for (name, stored) in &self.files {
-            let (touched, written) = (Extents::decode(&stored.touched)?, Extents::decode(&stored.written)?);
-            files.insert(name.clone(), FileSet { touched, written });
+        for (name, file) in stored.files {
+            check_name("name of a file", &name).map_err(|e| Invalid::damage(e.message()))?;
+            let (touched, written) = (Extents::decode(&file.touched)?, Extents::decode(&file.written)?);
+            files.insert(name, FileSet { touched, written });
         }
-        Ok(WorkingSet { recordings: self.recordings, files })
+        Ok(WorkingSet { recordings: stored.recordings, files })
     }
 }
 
 impl Store {
-    /// Returns the working sets of a template, by name.
+    /// Returns a working set of a template; `None` if the template has no set of that name.
     ///
     /// # Errors
     /// Returns [`Code::NotFound`](crate::error::Code) if the template does not exist, and
-    /// [`Code::Damage`](crate::error::Code) if its policy is damaged.
-    pub fn working_sets(&self, digest: &Digest) -> Result<BTreeMap<String, WorkingSet>> {
+    /// [`Code::Damage`](crate::error::Code) if its policy or the set is damaged.
+    pub fn working_set(&self, digest: &Digest, name: &str) -> Result<Option<WorkingSet>> {
         let template = self.template(digest)?;
-        let decode = |(name, set): (&String, &StoredSet)| {
-            let set = set.decode().map_err(|e| e.in_file("policy", self.policy_path(digest)))?;
-            Ok((name.clone(), set))
-        };
-        template.policy().working_sets.iter().map(decode).collect()
+        let set = template.policy().working_sets.get(name).map(WorkingSet::decode).transpose();
+        set.map_err(|e| e.in_file("policy", self.policy_path(digest)))
     }
 
     /// Adds a recording to a working set of a template. Returns the set.
     ///
     /// # Errors
-    /// Returns [`Code::Usage`](crate::error::Code) for an invalid name, and the errors of
-    /// [`set_policy`](Store::set_policy).
+    /// Returns [`Code::Usage`](crate::error::Code) for an invalid name or if all sets together become too large, and the
+    /// errors of [`set_policy`](Store::set_policy).
     pub fn add_recording(
         &self,
         digest: &Digest,
@@ -292,14 +307,26 @@ impl Store {
         used: &BTreeMap<String, Used>,
     ) -> Result<WorkingSet> {
         check_name("name of a working set", name)?;
-        let mut merged = WorkingSet::default();
+        let (mut merged, mut length) = (WorkingSet::default(), 0);
         self.set_policy(digest, |policy| {
-            // A set that cannot be decoded is of a later version or damaged: the recording replaces it.
-            merged = policy.working_sets.get(name).and_then(|set| set.decode().ok()).unwrap_or_default();
+            // A recording replaces a set that cannot be decoded.
+            let before = policy.working_sets.get(name).and_then(|set| WorkingSet::decode(set).ok());
+            merged = before.unwrap_or_default();
             merged.merge(used);
-            policy.working_sets.insert(name.to_owned(), StoredSet::encode(&merged));
+            let mut sets = policy.working_sets.clone();
+            sets.insert(name.to_owned(), merged.encode());
+            length = sets.values().map(|set| set.to_string().len()).sum();
+            if length <= MAX_LENGTH {
+                policy.working_sets = sets;
+            }
         })?;
-        Ok(merged)
+        match length <= MAX_LENGTH {
+            true => Ok(merged),
+            false => Err(Error::usage(format!(
+                "the working sets of template {digest} would take {length} bytes, expected at most {MAX_LENGTH}"
+            ))
+            .hint("remove a set: stencil working-set rm T --set NAME")),
+        }
     }
 
     /// Removes a working set of a template. Returns false if the template has no set of that name.
@@ -327,23 +354,23 @@ mod tests {
     #[test]
     fn a_page_stays_while_one_of_the_last_three_recordings_has_it() {
         let mut pages = Extents::default();
-        pages.merge(&[10..20]);
+        pages.merge(&[10..20], |extents| extents);
         assert_eq!(pages.encode(), "w128 10+10");
-        pages.merge(&[12..14]);
+        pages.merge(&[12..14], |extents| extents);
         assert_eq!(pages.encode(), "w192 12+2 w64 10+2 14+6");
-        pages.merge(&[]);
+        pages.merge(&[], |extents| extents);
         assert_eq!(pages.encode(), "w96 12+2 w32 10+2 14+6");
-        pages.merge(&[30..31]);
+        pages.merge(&[30..31], |extents| extents);
         assert_eq!(pages.encode(), "w128 30+1 w48 12+2");
-        pages.merge(&[]);
+        pages.merge(&[], |extents| extents);
         assert_eq!(pages.encode(), "w64 30+1");
     }
 
     #[test]
     fn the_latest_recording_determines_the_order() {
         let mut pages = Extents::default();
-        pages.merge(&[0..1, 2..3]);
-        pages.merge(&[9..10, 2..3]);
+        pages.merge(&[0..1, 2..3], |extents| extents);
+        pages.merge(&[9..10, 2..3], |extents| extents);
         assert_eq!(pages.encode(), "w128 9+1 w192 2+1 w64 0+1");
     }
 
@@ -351,7 +378,7 @@ mod tests {
     fn pages_of_all_recordings_are_known() {
         let mut pages = Extents::default();
         for recording in 1..20 {
-            pages.merge(&[4..8, recording * 100..recording * 100 + 1]);
+            pages.merge(&[4..8, recording * 100..recording * 100 + 1], |extents| extents);
             let all = pages.in_all(u32::try_from(recording).unwrap());
             match recording {
                 1 => assert_eq!(all, [4..8, 100..101]),
@@ -361,14 +388,33 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_gaps_are_filled_if_there_are_too_many_extents() {
+    fn lists_with_too_many_extents_are_shortened() {
         let extents = set("w128 100+1 0+1 w64 2+1 w128 103+1");
-        assert_eq!(Extents(at_most(3, extents.0.clone())).encode(), "w128 100+1 0+3 103+1");
-        assert_eq!(Extents(at_most(2, extents.0)).encode(), "w128 100+4 0+3");
-        let mut pages = Extents::default();
-        let recorded: Vec<_> = (0..3 * MAX_EXTENTS as u64).map(|n| 3 * n..3 * n + 1).collect();
-        pages.merge(&recorded);
-        assert!(pages.0.len() <= MAX_EXTENTS && Extents::decode(&pages.encode()).unwrap() == pages);
+        assert_eq!(Extents(fill_gaps(3, extents.0.clone())).encode(), "w128 100+1 0+3 103+1");
+        assert_eq!(Extents(fill_gaps(2, extents.0.clone())).encode(), "w128 100+4 0+3");
+        assert_eq!(Extents(drop_lightest(3, extents.0)).encode(), "w128 100+1 0+1 103+1");
+        let mut pages = WorkingSet::default();
+        let recorded: Vec<_> = (0..MAX_EXTENTS as u64 + 10).map(|n| 100 * n..100 * n + 1).collect();
+        let used = Used { touched: recorded.clone(), written: recorded };
+        pages.merge(&BTreeMap::from([("memory".to_owned(), used)]));
+        let memory = &pages.files["memory"];
+        // Ten gaps of 99 pages are filled.
+        assert_eq!(memory.touched.pages().get(), MAX_EXTENTS as u64 + 10 + 990);
+        assert_eq!(memory.written.pages().get(), MAX_EXTENTS as u64);
+        assert_eq!([&memory.touched, &memory.written].map(|list| list.0.len()), [MAX_EXTENTS; 2]);
+        assert_eq!(WorkingSet::decode(&pages.encode()).unwrap(), pages);
+    }
+
+    #[test]
+    fn sets_with_other_fields_or_names_are_rejected() {
+        for bad in [
+            r#"{}"#,
+            r#"{"recordings": 1, "files": {"a/b": {"touched": "", "written": ""}}}"#,
+            r#"{"recordings": 1, "files": {"memory": {"touched": "w1 0+68719476737", "written": ""}}}"#,
+            r#"[]"#,
+        ] {
+            assert!(WorkingSet::decode(&serde_json::from_str(bad).unwrap()).is_err(), "{bad}");
+        }
     }
 
     #[test]
@@ -408,7 +454,7 @@ mod tests {
                         }
                     }
                 }
-                extents.merge(&recorded);
+                extents.merge(&recorded, |extents| extents);
                 for (weight, seen) in weights.iter_mut().zip(seen) {
                     *weight = match seen {
                         true => NEW + *weight / 2,

@@ -78,9 +78,10 @@ impl Template {
     ) -> Result<()> {
         let (mut scratch, mut block) = (Scratch::default(), vec![0; to_usize(BLOCK_SIZE)]);
         progress.start("export", self.files().get(file).map(|f| f.size));
-        let written = (0..self.block_count(file)).try_for_each(|number| {
+        let blocks = self.block_count(file);
+        let written = (0..blocks).try_for_each(|number| {
             check(interrupt)?;
-            scratch.announce(BLOCKS_PER_TURN);
+            scratch.announce(BLOCKS_PER_TURN.min(blocks - 1 - number));
             let length = self.read_block(file, number, &mut scratch, &mut block)?;
             out.write_all(&block[..length]).map_err(|e| Error::io("cannot write the export", name, e))?;
             progress.advance(Bytes::new(length as u64));

@@ -32,6 +32,8 @@ impl Scratch {
         hash: &Digest,
     ) -> Result<&[u8]> {
         let Scratch { buffer, decoder, plain, .. } = self;
+        // A verification reads the disk, not what an earlier read has left.
+        buffer.forget();
         let record = pack.record(stored, stored.range().end, buffer)?;
         check(decoder, plain, record, stored, hash).map_err(|why| pack.mismatch(stored, &why))?;
         Ok(record)

@@ -272,7 +272,10 @@ impl Template {
                 let decoded = decoder.block(stored.kind, record, &hash, plain);
                 decoded.map(|()| out.copy_from_slice(&plain[within..within + out.len()]))
             };
-            decoded.map_err(|why| pack.mismatch(stored, &why))
+            decoded.map_err(|why| {
+                buffer.forget();
+                pack.mismatch(stored, &why)
+            })
         })
     }
 

@@ -28,7 +28,9 @@ use crate::store::write::commit::{Finished, commit, fresh_policy};
 use crate::store::write::ordered::{BATCH_BLOCKS, ordered};
 use crate::store::write::pack_writer::{PackWriter, Packed};
 use crate::store::write::tables::{TableWriter, Tables};
-use crate::store::{BLOCK_SIZE, Digest, Moved, Owner, Policy, Scratch, Store, TagName, TemplateFile};
+use crate::store::{
+    BLOCK_SIZE, Digest, Moved, Owner, Policy, Scratch, Store, TagName, TemplateFile, WorkingSet, check_name,
+};
 use crate::units::{Bytes, to_usize};
 
 /// Maximum number of image hashes that are looked up in one batch.
@@ -353,8 +355,9 @@ fn receive_template(
         // The field may hold data that `--no-recipes` should drop.
         return Err(source.invalid(Invalid::Newer(format!("unsupported field '{field}'")), &what));
     }
-    for set in policy.working_sets.values() {
-        set.decode().map_err(|e| source.invalid(e, &what))?;
+    for (name, set) in &policy.working_sets {
+        check_name("name of a working set", name).map_err(|e| source.damaged(format!("{what}: {e}")))?;
+        WorkingSet::decode(set).map_err(|e| source.invalid(e, &what))?;
     }
     if policy.mode & !READ_BITS != 0 || policy.uid == u32::MAX || policy.gid == u32::MAX {
         let Policy { mode, uid, gid, .. } = policy;

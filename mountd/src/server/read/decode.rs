@@ -118,7 +118,12 @@ impl Decoder {
             let stop = block_end.min(end);
             let part = &mut reply[to_usize(at - offset)..to_usize(stop - offset)];
             let whole = at == start && stop == block_end;
-            scratch.announce(end.div_ceil(BLOCK_SIZE) - block - 1);
+            let is_missing = |block: &u64| {
+                let id = template.block_id(file, *block).ok().flatten();
+                id.is_none_or(|id| self.cache.peek(&id).is_none())
+            };
+            let following = (block + 1..end.div_ceil(BLOCK_SIZE)).take_while(is_missing);
+            scratch.announce(following.count() as u64);
             self.part(template, file, block, to_usize(at - start), whole, part, scratch)
                 .map_err(|e| self.report(template, file, block, &e))?;
             at = stop;

@@ -157,7 +157,7 @@ fn record(
     drop(guest);
     std::fs::remove_dir_all(&dir).map_err(|e| Error::io("cannot remove", &dir, e))?;
     let (opened, digest) = (stencilfs::store::Store::open(&store.dir)?, digest.parse()?);
-    let set = opened.working_sets(&digest)?.remove(DEFAULT_SET);
+    let set = opened.working_set(&digest, DEFAULT_SET)?;
     let set = set.ok_or_else(|| Error::failed("the template has no working set").at(&store.dir))?;
     Ok((opened.template(&digest)?.files().to_vec(), set))
 }

@@ -36,8 +36,8 @@ static uint64_t splitmix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-/* Runs in a child. Reports 'r' when the pages are touched, 'f' if that fails. */
-static void live(const char *path, uint64_t index, uint64_t reads, uint64_t writes, int ready) {
+/* The child. Reports 'r' when the pages are touched, 'f' if that fails. */
+static void run_child(const char *path, uint64_t index, uint64_t reads, uint64_t writes, int ready) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     struct stat stat;
     int fd = open(path, O_RDONLY);
@@ -69,12 +69,14 @@ int main(int argc, char **argv) {
     pid_t *pids = calloc(clones, sizeof *pids);
     if (!pids || parallel == 0 || pipe(ready) != 0)
         return 2;
+    /* If a child never reports. The death of this process kills all children. */
+    alarm(600);
     double start = now();
     for (uint64_t started = 0, done = 0; done < clones && !failed;) {
         if (started < clones && started - done < parallel) {
             pids[started] = fork();
             if (pids[started] == 0)
-                live(argv[1], started, reads, writes, ready[1]);
+                run_child(argv[1], started, reads, writes, ready[1]);
             failed = pids[started] < 0;
             started += !failed;
         } else {

@@ -1,6 +1,6 @@
 //! The goals, and what the samples say about them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -8,6 +8,38 @@ use serde::{Deserialize, Serialize};
 use stencilfs::error::{Error, Result};
 
 use crate::model::{Bench, Row};
+
+/// Smallest number of rounds of a row that measures times.
+const MIN_ROUNDS: usize = 5;
+/// Rows that count bytes, and the comparison of floors with other programs, which has 3 rounds.
+const ONCE: [&str; 3] = ["disk", "disk-scattered", "floors"];
+/// Rows that a complete run has.
+const ROWS: [&str; 22] = [
+    "first-byte",
+    "verification",
+    "hydration",
+    "sequential",
+    "sequential-zeros",
+    "random-20000",
+    "random-zeros",
+    "random-advised",
+    "warm",
+    "warm-huge",
+    "disk",
+    "disk-scattered",
+    "launch",
+    "import-lz4",
+    "import-zstd",
+    "resume-firecracker-1",
+    "resume-firecracker-8",
+    "resume-firecracker-64",
+    "resume-qemu-1",
+    "resume-qemu-8",
+    "resume-qemu-64",
+    "floors",
+];
+/// Largest distance of the bound of a miss from the measured ratio, as a factor.
+const SLACK: f64 = 1.5;
 
 /// The file of goals.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -55,7 +87,11 @@ impl Goals {
             Error::failed(format!("cannot read the goals in {}: {cause}", path.display()))
         };
         let text = fs::read(path).map_err(|e| failed(&e))?;
-        serde_json::from_slice(&text).map_err(|e| failed(&e))
+        let goals: Goals = serde_json::from_slice(&text).map_err(|e| failed(&e))?;
+        match goals.rounds >= MIN_ROUNDS && goals.once.iter().all(|row| ONCE.contains(&row.as_str())) {
+            true => Ok(goals),
+            false => Err(failed(&format!("fewer than {MIN_ROUNDS} rounds, or a row in 'once' that counts no bytes"))),
+        }
     }
 
     /// The goals that the samples do not meet, and marks of missed goals that are not needed.
@@ -63,13 +99,22 @@ impl Goals {
         self.goals.iter().filter_map(|goal| goal.problem(bench).err()).collect()
     }
 
-    /// Same for one row, with twice the distance to each limit. For measurements of a few seconds.
-    pub fn gross_problems(&self, row: &Row) -> Vec<String> {
-        let own = self.goals.iter().filter(|goal| goal.row == row.name);
-        own.filter_map(|goal| goal.gross_problem(row).err()).collect()
+    /// The problems of one row with twice the distance to each limit, by the number of the goal. For short measurements,
+    /// in which only ratios count.
+    pub fn gross_problems(&self, row: &Row) -> BTreeMap<usize, String> {
+        let of_row = |goal: &&Goal| goal.row == row.name && goal.against.is_some();
+        let goals = self.goals.iter().enumerate().filter(|(_, goal)| of_row(goal));
+        goals.filter_map(|(number, goal)| Some((number, goal.gross_problem(row).err()?))).collect()
     }
 
-    /// What is wrong with the samples, whatever they say: missing rounds, missing inputs.
+    /// Rows that are missing in the samples or have no goal.
+    pub fn missing_rows(&self, bench: &Bench) -> Vec<String> {
+        let is_complete =
+            |row: &&&str| bench.row(row).is_some() && self.goals.iter().any(|goal| goal.row == **row);
+        ROWS.iter().filter(|row| !is_complete(row)).map(|row| format!("{row}: no samples or no goal")).collect()
+    }
+
+    /// Faults of the samples that do not depend on goals: missing rounds, missing inputs.
     pub fn problems_of_samples(&self, bench: &Bench) -> Vec<String> {
         let mut found = Vec::new();
         let mut names = BTreeSet::new();
@@ -130,6 +175,9 @@ impl Goal {
             (Some(missed), false) if self.exceeds(ratio, missed.bound) => {
                 Err(format!("{self}: {ratio:.3} exceeds even the bound of the miss, {}", missed.bound))
             }
+            (Some(missed), false) if self.is_loose(ratio, missed.bound) => {
+                Err(format!("{self}: {ratio:.3} is far from the bound of the miss, {}: tighten the bound", missed.bound))
+            }
             (Some(missed), false) if missed.because.trim().is_empty() => {
                 Err(format!("{self}: a missed goal needs a reason"))
             }
@@ -142,6 +190,14 @@ impl Goal {
         match self.at_most.is_some_and(|limit| ratio > limit) {
             true => ratio > bound,
             false => ratio < bound,
+        }
+    }
+
+    /// True if the bound of a miss allows much more than was measured.
+    fn is_loose(&self, ratio: f64, bound: f64) -> bool {
+        match self.at_most.is_some_and(|limit| ratio > limit) {
+            true => bound > ratio * SLACK,
+            false => bound < ratio / SLACK,
         }
     }
 
@@ -224,6 +280,7 @@ pub mod tests {
     #[test]
     fn a_missed_goal_stays_within_its_bound_and_has_a_reason() {
         assert_eq!(problem(Goal { missed: missed(3.0), ..goal(2.0) }), "");
+        assert!(problem(Goal { missed: missed(4.6), ..goal(2.0) }).contains("tighten the bound"));
         assert!(problem(Goal { missed: missed(2.9), ..goal(2.0) }).contains("exceeds even the bound"));
         let slow = Goal { at_most: None, at_least: Some(4.0), ..goal(0.0) };
         assert_eq!(problem(Goal { missed: missed(2.5), ..slow.clone() }), "");
@@ -278,5 +335,13 @@ pub mod tests {
         assert_eq!((gross(least(6.0)), gross(least(6.1))), (0, 1));
         assert_eq!(gross(Goal { missed: missed(6.0), ..least(9.0) }), 0);
         assert_eq!(gross(Goal { row: "other".into(), ..goal(0.1) }), 0);
+        assert_eq!(gross(Goal { against: None, ..goal(0.1) }), 0);
+    }
+
+    #[test]
+    fn every_row_needs_samples_and_a_goal() {
+        let found = goals(vec![goal(1.0)]).missing_rows(&measured());
+        assert_eq!(found.len(), ROWS.len());
+        assert!(found[0].contains("first-byte"), "{found:?}");
     }
 }

@@ -87,6 +87,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 fn check(file: &Path, docs: Option<&Path>, goals: &Goals) -> Result<()> {
     let bench = Bench::read(file)?;
     let mut problems = goals.problems_of_samples(&bench);
+    problems.extend(goals.missing_rows(&bench));
     problems.extend(goals.problems(&bench));
     if let Some(docs) = docs {
         problems.extend(report::problems(&bench, goals, docs)?);
@@ -96,5 +97,5 @@ fn check(file: &Path, docs: Option<&Path>, goals: &Goals) -> Result<()> {
         return Ok(());
     }
     problems.iter().for_each(|problem| eprintln!("{problem}"));
-    Err(Error::failed(format!("{} does not pass: {} problems", file.display(), problems.len())))
+    Err(Error::failed(format!("{} has faults or misses goals: {} in all", file.display(), problems.len())))
 }

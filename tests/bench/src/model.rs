@@ -148,10 +148,11 @@ fn value(sample: &Sample, metric: &str) -> Option<f64> {
     }
 }
 
-/// A fraction as it is stored, with six significant digits: timers and counters are not more exact.
-pub fn rounded(value: f64) -> Number {
+/// Returns a fraction as the file stores it, with six significant digits: timers and counters are not more exact. `None`
+/// for a value that is no number.
+pub fn rounded(value: f64) -> Option<Number> {
     let text = format!("{value:.5e}");
-    Number::from_f64(text.parse().unwrap_or(value)).unwrap_or_else(|| 0.into())
+    Number::from_f64(text.parse().unwrap_or(value))
 }
 
 #[cfg(test)]
@@ -161,7 +162,7 @@ pub mod tests {
     /// A subject with these values of `seconds`.
     pub fn subject(name: &str, seconds: &[f64]) -> Subject {
         let sample = |(round, seconds): (u64, &f64)| {
-            Sample::from([("round".to_owned(), round.into()), ("seconds".to_owned(), rounded(*seconds))])
+            Sample::from([("round".to_owned(), round.into()), ("seconds".to_owned(), rounded(*seconds).unwrap())])
         };
         let samples = (1..).zip(seconds).map(sample).collect();
         Subject { name: name.into(), command: format!("run {name}"), read_ahead_bytes: Some(4096), samples }
@@ -221,7 +222,8 @@ pub mod tests {
 
     #[test]
     fn fractions_keep_six_digits() {
-        let text = [0.123_456_789, 1_234.567_89, 0.0, 0.000_012_345_678].map(|v| rounded(v).to_string());
+        assert_eq!(rounded(f64::NAN), None);
+        let text = [0.123_456_789, 1_234.567_89, 0.0, 0.000_012_345_678].map(|v| rounded(v).unwrap().to_string());
         assert_eq!(text, ["0.123457", "1234.57", "0.0", "0.0000123457"]);
     }
 }

@@ -28,7 +28,7 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     if context.wants(&["verification"]) {
         verification(context, dense, (&store, &digest))?;
     }
-    hydration(context, dense, &store)
+    hydration(context, dense, (&store, &digest))
 }
 
 fn first_byte(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -> Result<()> {
@@ -118,7 +118,7 @@ fn verification(context: &Context, dense: &Path, (store, digest): (&Store, &str)
     fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))
 }
 
-fn hydration(context: &Context, dense: &Path, store: &Store) -> Result<()> {
+fn hydration(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -> Result<()> {
     let site = context.site;
     let copy = site.path("copy");
     let mut cp = Command::new("cp");
@@ -147,6 +147,7 @@ fn hydration(context: &Context, dense: &Path, store: &Store) -> Result<()> {
             let mount = store.mount("passthrough")?;
             touch(site, &mount.memory("dense"), &["first"], None)?;
             let taken: Taken = before.finish(site)?;
+            mount.wait_until_served(digest)?;
             mount.umount()?;
             write_back();
             Ok(taken)

@@ -65,7 +65,7 @@ fn stencil<'a>(context: &'a Context, mount: &'a Mount, count: u64, name: &'a str
             prepare(context, mount)?;
             let before = Counters::now(site)?;
             let launched = run(&mut launch());
-            let taken = before.finish(site)?.count("clones", count);
+            let taken = before.finish(site);
             let began = Instant::now();
             // After a failure too: no clone may stay.
             let stopped = site.stencil(&["stop", "--all"]).output();
@@ -74,7 +74,7 @@ fn stencil<'a>(context: &'a Context, mount: &'a Mount, count: u64, name: &'a str
             if lines != count || !stopped.is_ok_and(|output| output.status.success()) {
                 return Err(Error::failed(format!("{lines} of {count} clones were launched and stopped")));
             }
-            Ok(taken.with("stop_seconds", stop_seconds))
+            Ok(taken?.count("clones", count).with("stop_seconds", stop_seconds))
         }),
     }
 }

@@ -28,7 +28,8 @@ impl Taken {
 
     #[must_use]
     pub fn with(mut self, name: &str, value: f64) -> Taken {
-        self.sample.insert(name.to_owned(), rounded(value));
+        // A metric without a number is missing, which the check of the samples reports.
+        self.sample.extend(rounded(value).map(|value| (name.to_owned(), value)));
         self
     }
 
@@ -79,7 +80,7 @@ pub fn measure(title: Title, rounds: u64, subjects: &mut [Measured]) -> Result<R
                 && *checksum.get_or_insert(own) != own
             {
                 let text =
-                    format!("{}: {} has read other bytes than another subject", title.name, subject.name);
+                    format!("{}: the bytes that {} has read differ from those of another subject", title.name, subject.name);
                 return Err(Error::damage(text));
             }
             taken.sample.insert("round".to_owned(), round.into());
@@ -128,7 +129,7 @@ impl Counters {
         Ok(taken.with("cpu_seconds", processor).count("read_bytes", read))
     }
 
-    /// Same, with the time since then as `seconds`.
+    /// Returns the same with the time since the beginning as `seconds`.
     pub fn finish(&self, site: &Site) -> Result<Taken> {
         let seconds = self.began.elapsed().as_secs_f64();
         self.add_to(Taken::seconds(seconds), site)

@@ -134,9 +134,12 @@ impl<'a> Store<'a> {
         let created = fs::create_dir_all(&mountpoint);
         created.map_err(|e| Error::io("cannot create the mountpoint", &mountpoint, e))?;
         // The copy of a large file takes longer than the default time limit of the first open.
-        run(&mut self.mounting(&mountpoint, serve, &[&["--hydrate-timeout", "600"], more].concat()))?;
+        let mut command = self.mounting(&mountpoint, serve, &[&["--hydrate-timeout", "600"], more].concat());
         let (name, serve, store) = (name.to_owned(), serve.to_owned(), self.dir.clone());
-        Ok(Mount { site: self.site, store, path: mountpoint, name, serve })
+        // Before the command runs: a signal may end this program after the mount has been made.
+        let mount = Mount { site: self.site, store, path: mountpoint, name, serve };
+        run(&mut command)?;
+        Ok(mount)
     }
 
     /// Makes sealed packs changeable again. What was verified before counts as unverified then.
@@ -208,7 +211,8 @@ impl Mount<'_> {
                 return Err(Error::failed(text).at(&self.path));
             }
             interrupt::check()?;
-            std::thread::sleep(Duration::from_millis(2));
+            // Each look starts a process, on the processors that verify.
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -247,8 +251,10 @@ impl Erofs {
         let mountpoint = image.with_extension("mnt");
         fs::create_dir(&mountpoint).map_err(|e| Error::io("cannot create the mountpoint", &mountpoint, e))?;
         let mut mount = Command::new("mount");
-        run(mount.args(["-t", "erofs", "-o", "loop,ro"]).arg(image).arg(&mountpoint))?;
-        Ok(Erofs { mountpoint })
+        mount.args(["-t", "erofs", "-o", "loop,ro"]).arg(image).arg(&mountpoint);
+        let erofs = Erofs { mountpoint };
+        run(&mut mount)?;
+        Ok(erofs)
     }
 
     /// A file of the image.

@@ -97,6 +97,7 @@ fn expect(running: &mut Running, answer: &[u8]) -> Result<()> {
     let failed = || Error::failed("the guest has not answered as expected");
     let output = running.0.stdout.as_mut().ok_or_else(failed)?;
     let (mut line, mut byte) = (Vec::new(), [0]);
+    let end = Instant::now() + TIMEOUT;
     loop {
         wait_for("an answer of the guest", || {
             let mut polled = [PollFd::new(&*output, PollFlags::IN)];
@@ -109,6 +110,9 @@ fn expect(running: &mut Running, answer: &[u8]) -> Result<()> {
         line.extend(byte);
         if line == answer {
             return Ok(());
+        }
+        if Instant::now() > end {
+            return Err(failed());
         }
         if byte == *b"\n" {
             line.clear();

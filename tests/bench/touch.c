@@ -1,5 +1,6 @@
 /* Maps a file privately, touches pages and prints what that took as one line of JSON. It contains nothing of Stencil.
  *
+ *   touch claim BYTES                         takes that much memory and frees it, and prints nothing
  *   touch FILE first                          opens the file and reads its first word; the time includes the open
  *   touch FILE sweep ADVICE                   reads one word of each page, in order
  *   touch FILE random ADVICE SEED COUNT       reads one word of COUNT pages, in an order that SEED determines
@@ -78,6 +79,11 @@ static uint64_t pmd_mapped(const volatile char *from, const volatile char *to) {
 int main(int argc, char **argv) {
     if (argc < 3)
         return 2;
+    if (!strcmp(argv[1], "claim")) {
+        void *memory = mmap(NULL, strtoull(argv[2], NULL, 10), PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+        return memory == MAP_FAILED;
+    }
     const char *order = argv[2], *advice = argc > 3 ? argv[3] : "normal";
     uint64_t start = now();
     int fd = open(argv[1], O_RDONLY);

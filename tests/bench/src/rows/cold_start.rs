@@ -10,7 +10,7 @@ use stencilfs::error::{Error, Result};
 use crate::run::Context;
 use crate::run::floor::Packed;
 use crate::run::inputs;
-use crate::run::sampling::{Counters, Measured, Taken, Title, drop_caches, touch, write_back};
+use crate::run::sampling::{Counters, Measured, Taken, Title, drop_caches, touch};
 use crate::run::site::{Store, run};
 
 /// How often the large template repeats the dense image.
@@ -40,7 +40,7 @@ fn first_byte(context: &Context, dense: &Path, (store, digest): (&Store, &str)) 
         let first = touch(context.site, &mount.memory("dense"), &["first"], None)?;
         mount.wait_until_served(digest)?;
         let until_kernel = mounted.elapsed().as_secs_f64();
-        drop_caches(context.site)?;
+        drop_caches(context.site, 3 * context.dense_bytes)?;
         let again = touch(context.site, &mount.memory("dense"), &["first"], None)?;
         if again.checksum != first.checksum {
             return Err(Error::damage("kernel decode and the first read give other bytes"));
@@ -58,7 +58,7 @@ fn first_byte(context: &Context, dense: &Path, (store, digest): (&Store, &str)) 
         command: "stencil mount MNT --serve kernel; touch MNT/templates/bench/dense/memory first".to_owned(),
         read_ahead_bytes: None,
         take: Box::new(move |_| {
-            drop_caches(context.site)?;
+            drop_caches(context.site, 3 * context.dense_bytes)?;
             take(store, digest)
         }),
     };
@@ -85,7 +85,7 @@ fn verification(context: &Context, dense: &Path, (store, digest): (&Store, &str)
         read_ahead_bytes: None,
         take: Box::new(|_| {
             store.unseal()?;
-            drop_caches(site)?;
+            drop_caches(site, 3 * context.dense_bytes)?;
             let before = Counters::now(site)?;
             let mount = store.mount("kernel")?;
             mount.wait_until_served(digest)?;
@@ -101,7 +101,7 @@ fn verification(context: &Context, dense: &Path, (store, digest): (&Store, &str)
                 .to_owned(),
         read_ahead_bytes: None,
         take: Box::new(|_| {
-            drop_caches(site)?;
+            drop_caches(site, 3 * context.dense_bytes)?;
             let before = Counters::now(site)?;
             let bytes = packed.verify()?;
             Ok(before.finish(site)?.count("bytes", bytes))
@@ -128,7 +128,7 @@ fn hydration(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -
         command: site.recorded(&cp),
         read_ahead_bytes: None,
         take: Box::new(|_| {
-            drop_caches(site)?;
+            drop_caches(site, 3 * context.dense_bytes)?;
             let before = Counters::now(site)?;
             run(&mut cp)?;
             let taken = before.finish(site)?;
@@ -142,14 +142,13 @@ fn hydration(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -
             .to_owned(),
         read_ahead_bytes: None,
         take: Box::new(|_| {
-            drop_caches(site)?;
+            drop_caches(site, 3 * context.dense_bytes)?;
             let before = Counters::now(site)?;
             let mount = store.mount("passthrough")?;
             touch(site, &mount.memory("dense"), &["first"], None)?;
             let taken: Taken = before.finish(site)?;
             mount.wait_until_served(digest)?;
             mount.umount()?;
-            write_back();
             Ok(taken)
         }),
     };

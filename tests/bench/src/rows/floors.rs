@@ -73,7 +73,7 @@ fn fio<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&str])
         command: context.site.recorded(&command),
         read_ahead_bytes: None,
         take: Box::new(move |_| {
-            drop_caches(context.site)?;
+            drop_caches(context.site, 3 * context.dense_bytes)?;
             let found = json_of(&mut command)?;
             let read = &found["jobs"][0]["read"];
             match (read["runtime"].as_f64(), read["io_bytes"].as_u64()) {

@@ -9,7 +9,7 @@ use stencilfs::error::{Error, Result};
 use super::{CLUSTERS, directory_of, make_erofs};
 use crate::run::Context;
 use crate::run::floor::{Codec, encode, processors};
-use crate::run::sampling::{Counters, Measured, Title, write_back};
+use crate::run::sampling::{Counters, Measured, Title, settle};
 use crate::run::site::{Store, occupied, run};
 
 const CACHES: &str = "the input in the page cache";
@@ -58,7 +58,7 @@ fn ours<'a>(context: &'a Context, dense: &'a Path, codec: &'static str) -> Measu
         read_ahead_bytes: None,
         take: Box::new(move |_| {
             let store = Store::new(site, "import");
-            write_back();
+            settle(context.site, 3 * context.dense_bytes)?;
             let before = Counters::now(site)?;
             run(&mut store.import(dense, "dense", &more))?;
             let taken = before.finish(site)?;
@@ -74,7 +74,7 @@ fn floor<'a>(context: &'a Context, dense: &'a Path, codec: Codec) -> Measured<'a
             .to_owned(),
         read_ahead_bytes: None,
         take: Box::new(move |_| {
-            write_back();
+            settle(context.site, 3 * context.dense_bytes)?;
             let before = Counters::now(context.site)?;
             let stored = encode(dense, codec, processors(), true)?;
             let taken = before.finish(context.site)?;
@@ -96,11 +96,11 @@ fn writing<'a>(
         command: site.recorded(&command),
         read_ahead_bytes: None,
         take: Box::new(move |_| {
-            write_back();
+            settle(context.site, 3 * context.dense_bytes)?;
             let before = Counters::now(site)?;
             run(&mut command)?;
             let taken = before.finish(site)?;
-            write_back();
+            rustix::fs::sync();
             let stored = occupied(&out)?;
             fs::remove_file(&out).map_err(|e| Error::io("cannot remove", &out, e))?;
             Ok(taken.count("bytes", context.dense_bytes).count("stored_bytes", stored))

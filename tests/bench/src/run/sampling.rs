@@ -166,17 +166,21 @@ pub fn read_ahead(device: u64) -> Option<u64> {
     Some(text.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// Writes everything to the disk and drops all caches, then reads the programs of a measurement again.
-pub fn drop_caches(site: &Site) -> Result<()> {
-    write_back();
+/// Drops all caches, then reads the programs of a measurement again. `bytes` as for [`settle`].
+pub fn drop_caches(site: &Site, bytes: u64) -> Result<()> {
+    rustix::fs::sync();
     let path = "/proc/sys/vm/drop_caches";
     fs::write(path, "3").map_err(|e| Error::io("cannot drop the caches", path, e))?;
+    settle(site, bytes)?;
     run(Command::new(&site.touch).arg(&site.touch).arg("first")).map(drop)
 }
 
-/// Writes everything to the disk, so that nothing is written during a measurement.
-pub fn write_back() {
+/// Writes everything to the disk, so that nothing is written during a measurement. Then takes and frees as much memory as
+/// the measurement may need at most: a free page of a virtual machine may be one that the host has taken back, and costs
+/// several times as much as another one.
+pub fn settle(site: &Site, bytes: u64) -> Result<()> {
     rustix::fs::sync();
+    run(Command::new(&site.touch).arg("claim").arg(bytes.to_string())).map(drop)
 }
 
 /// Touches pages of a file: the arguments of `touch.c` after the path. `mount` serves the file and counts READs.
@@ -189,7 +193,8 @@ pub fn touch_cold(site: &Site, file: &Path, words: &[&str], mount: Option<&Mount
     if let Some(mount) = mount.filter(|mount| mount.serve == "decode") {
         mount.restart()?;
     }
-    touch_after(site, file, words, mount, || drop_caches(site))
+    let length = fs::metadata(file).map_err(|e| Error::io("cannot inspect", file, e))?.len();
+    touch_after(site, file, words, mount, || drop_caches(site, length + length / 4))
 }
 
 fn touch_after(

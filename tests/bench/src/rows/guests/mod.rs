@@ -150,7 +150,7 @@ fn record(
 ) -> Result<(Vec<TemplateFile>, WorkingSet)> {
     let dir = context.site.create_dir("recorded")?;
     decode.restart()?;
-    drop_caches(context.site)?;
+    drop_caches(context.site, context.dense_bytes)?;
     let guest = kind.resume(&decode.memory("guest"), &dir)?;
     let pid = guest.0.id().to_string();
     run(context.site.stencil(&["--store"]).arg(&store.dir).args(["working-set", "record", &pid]))?;
@@ -182,7 +182,7 @@ fn resumed<'a>(
             let reads = way.mount.map(Mount::reads).transpose()?;
             let dirs: Vec<PathBuf> =
                 (0..count).map(|index| site.create_dir(&format!("vm{index}"))).collect::<Result<_>>()?;
-            drop_caches(site)?;
+            drop_caches(site, 3 * context.dense_bytes)?;
             before.read(&way.file)?;
             let before = Counters::now(site)?;
             let result = resume_all(kind, &way.file, &dirs);

@@ -54,6 +54,9 @@ use crate::server::tree::{Tree, open_templates};
 /// Size of the cache of decompressed blocks, for reads of the other parts of a block.
 const BLOCK_CACHE: Bytes = Bytes::new(16 << 20);
 
+/// Number of threads for each processor that fill or verify a backing: most of them wait for the disk.
+const HYDRATION_THREADS: usize = 4;
+
 /// Number of threads that serve the kernel: enough that a few slow reads do not block other requests.
 const MIN_THREADS: usize = 4;
 const MAX_THREADS: usize = 16;
@@ -156,7 +159,7 @@ fn serve(
         Arc::clone(link),
         stats.clone(),
         Arc::clone(&condemned),
-        cpus,
+        cpus * HYDRATION_THREADS,
     );
     let made = Backings::new(options.serve, options.hydrate_timeout, hydrator, backings, stats.clone());
     let watcher = Watcher {

@@ -90,7 +90,9 @@ impl Goals {
         let goals: Goals = serde_json::from_slice(&text).map_err(|e| failed(&e))?;
         match goals.rounds >= MIN_ROUNDS && goals.once.iter().all(|row| ONCE.contains(&row.as_str())) {
             true => Ok(goals),
-            false => Err(failed(&format!("fewer than {MIN_ROUNDS} rounds, or a row in 'once' that counts no bytes"))),
+            false => Err(failed(&format!(
+                "fewer than {MIN_ROUNDS} rounds, or a row in 'once' that counts no bytes"
+            ))),
         }
     }
 
@@ -111,7 +113,10 @@ impl Goals {
     pub fn missing_rows(&self, bench: &Bench) -> Vec<String> {
         let is_complete =
             |row: &&&str| bench.row(row).is_some() && self.goals.iter().any(|goal| goal.row == **row);
-        ROWS.iter().filter(|row| !is_complete(row)).map(|row| format!("{row}: no samples or no goal")).collect()
+        ROWS.iter()
+            .filter(|row| !is_complete(row))
+            .map(|row| format!("{row}: no samples or no goal"))
+            .collect()
     }
 
     /// Faults of the samples that do not depend on goals: missing rounds, missing inputs.
@@ -175,9 +180,10 @@ impl Goal {
             (Some(missed), false) if self.exceeds(ratio, missed.bound) => {
                 Err(format!("{self}: {ratio:.3} exceeds even the bound of the miss, {}", missed.bound))
             }
-            (Some(missed), false) if self.is_loose(ratio, missed.bound) => {
-                Err(format!("{self}: {ratio:.3} is far from the bound of the miss, {}: tighten the bound", missed.bound))
-            }
+            (Some(missed), false) if self.is_loose(ratio, missed.bound) => Err(format!(
+                "{self}: {ratio:.3} is far from the bound of the miss, {}: tighten the bound",
+                missed.bound
+            )),
             (Some(missed), false) if missed.because.trim().is_empty() => {
                 Err(format!("{self}: a missed goal needs a reason"))
             }

@@ -162,7 +162,10 @@ pub mod tests {
     /// A subject with these values of `seconds`.
     pub fn subject(name: &str, seconds: &[f64]) -> Subject {
         let sample = |(round, seconds): (u64, &f64)| {
-            Sample::from([("round".to_owned(), round.into()), ("seconds".to_owned(), rounded(*seconds).unwrap())])
+            Sample::from([
+                ("round".to_owned(), round.into()),
+                ("seconds".to_owned(), rounded(*seconds).unwrap()),
+            ])
         };
         let samples = (1..).zip(seconds).map(sample).collect();
         Subject { name: name.into(), command: format!("run {name}"), read_ahead_bytes: Some(4096), samples }
@@ -223,7 +226,8 @@ pub mod tests {
     #[test]
     fn fractions_keep_six_digits() {
         assert_eq!(rounded(f64::NAN), None);
-        let text = [0.123_456_789, 1_234.567_89, 0.0, 0.000_012_345_678].map(|v| rounded(v).unwrap().to_string());
+        let text =
+            [0.123_456_789, 1_234.567_89, 0.0, 0.000_012_345_678].map(|v| rounded(v).unwrap().to_string());
         assert_eq!(text, ["0.123457", "1234.57", "0.0", "0.0000123457"]);
     }
 }

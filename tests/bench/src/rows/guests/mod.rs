@@ -98,7 +98,8 @@ fn rows(context: &Context, store: &Store, raw: &Path, names: &[String; 3], kind:
              those of `ext4-warm` the whole memory.",
             kind.name()
         );
-        let title = Title { name, about: &about, input: kind.name(), caches: "cold; -warmed and ext4-warm: warm" };
+        let title =
+            Title { name, about: &about, input: kind.name(), caches: "cold; -warmed and ext4-warm: warm" };
         let [kernel, passthrough, _, ext4] = &ways;
         let cold = ways.iter().map(|way| (way.name, way, Before::Nothing));
         let warm = [

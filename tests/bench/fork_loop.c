@@ -51,10 +51,11 @@ static void run_child(const char *path, uint64_t index, uint64_t reads, uint64_t
         (void)!write(ready, "f", 1);
         _exit(1);
     }
-    for (uint64_t i = 0; i < writes; i++)
-        map[splitmix(seed + i) % pages * PAGE] = 1;
+    /* Reads first, as simulated clones do: a read after a write to the same 2 MiB range maps 16 pages, not a folio. */
     for (uint64_t i = writes; i < writes + reads; i++)
         (void)map[splitmix(seed + i) % pages * PAGE];
+    for (uint64_t i = 0; i < writes; i++)
+        map[splitmix(seed + i) % pages * PAGE] = 1;
     (void)!write(ready, "r", 1);
     for (;;)
         pause();

@@ -151,9 +151,9 @@ fn invalid_clone_requests_are_refused() {
     assert_eq!(std::fs::read_dir(world.runtime_dir().join("launches")).unwrap().count(), 0);
 }
 
-/// Clones that become ready while their launcher stands still are late, and end with the launch.
+/// Clones that become ready while SIGSTOP pauses their launcher are past their timeout and are killed.
 #[test]
-fn every_clone_of_a_launch_that_stood_still_has_a_record() {
+fn every_clone_of_a_paused_launcher_has_a_record() {
     let _host = host::shared();
     let world = TestMount::new("decode");
     world.import_bytes(&image(1024), "web");

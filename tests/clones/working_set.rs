@@ -234,7 +234,7 @@ impl Drop for Recorder {
 }
 
 #[test]
-fn recordings_are_merged_and_travel_with_the_template() {
+fn recordings_are_merged_and_transferred_with_the_template() {
     let _host = host::shared();
     let world = World::new("decode");
     world.record(SIMULATED);

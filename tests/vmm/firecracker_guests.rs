@@ -217,7 +217,7 @@ fn memory_that_is_read_is_mapped_by_large_entries_and_a_write_splits_one() {
     world.stencil(&["stop", "--all"]).ok();
 }
 
-/// A guest with a recorded working set reads memory: what its successor touches is in memory already.
+/// The working set of one guest is warmed; a second guest then uses hardly any other pages, and causes at most 4 READs.
 #[test]
 fn a_warmed_guest_finds_its_pages_in_memory() {
     let _host = host::shared();

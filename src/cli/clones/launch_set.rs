@@ -67,7 +67,7 @@ impl LaunchSet {
         }
         let is_wanted = self.record_working_set.is_none() && !self.no_warm;
         let found = if is_wanted { store.working_set(&target.digest, &self.working_set) } else { Ok(None) };
-        // The default set is advice that nobody has asked for: clones start without it, too.
+        // The user did not name the default set, so a launch does not fail if that set cannot be read.
         let set = match found {
             Err(error) if self.working_set == DEFAULT_SET => {
                 log::warn!("the working set is not read: {error}");

@@ -25,8 +25,8 @@ const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Read the pages of a template that its clones will use into memory
 ///
-/// Reads the pages of a recorded working set in the order of their first use. Beside that it compares the set with the
-/// clones that run: hits are pages of the set that a clone uses, waste are those that no clone uses.
+/// Reads the pages of a recorded working set in the order of their first use. Also compares the set with the running
+/// clones: hits are pages of the set that a clone uses, waste are pages of the set that no clone uses.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

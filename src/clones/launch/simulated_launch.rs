@@ -24,8 +24,8 @@ use crate::units::{Bytes, PAGE_SIZE};
 /// Interval of the checks whether the launch was cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Maximum number of start requests that the zygote has not answered. The requests fit into the smallest pipe, 4 KiB: the
-/// zygote may wait for this process to read its messages, so this process must not wait for the zygote.
+/// Maximum number of start requests that the zygote has not answered. They fit into 4 KiB, the smallest pipe, so that this
+/// process does not wait for the zygote while the zygote waits for this process. `cancel` requests are not counted.
 const MAX_REQUESTS: usize = 300;
 
 /// Time limit for the zygote to release all clones.
@@ -143,7 +143,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
             clones.starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
         for index in late {
             clones.starting.remove(&index);
-            // The zygote kills the worker before it releases others, also if its messages were not read yet.
+            // The zygote kills this worker before it releases the others, even if the messages of the worker were not read.
             writeln!(held.input, "cancel {index}").map_err(|e| held.died().because(e))?;
             if let Some(entry) = clones.started.remove(&index) {
                 entry.destroy()?;
@@ -156,7 +156,7 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
     Ok((Launched { clones: clones.ready, failures, clocks: vec![], children: vec![] }, held))
 }
 
-/// The clones of a launch by index, in the order of their states.
+/// The clones of a launch by index, one field for each state.
 #[derive(Default)]
 struct Clones {
     /// Clones that the zygote was asked to start and about which it has sent no message.
@@ -180,7 +180,7 @@ impl Clones {
                     Some(ProcessId { pid: pid.parse().ok()?, identity: identity.parse().ok()? })
                 });
                 let process = process.ok_or_else(|| Error::failed(format!("invalid message '{line}'")))?;
-                // After the timeout of the clone, the zygote has been asked to kill the process.
+                // A clone past its timeout gets no record: the zygote was told to kill the process.
                 if self.starting.contains_key(&index) {
                     let entry = active.create(index, Some(process), Some(order.touched))?;
                     self.started.insert(index, entry);

@@ -1,10 +1,10 @@
 //! The zygote, the parent process of simulated clones: a small process with a single thread, so that forking is safe
 //! and cheap.
 //!
-//! The zygote reads from standard input: one line of JSON (the job), then `start INDEX` for each clone, and finally
-//! `release`. It writes to standard output: `started INDEX PID IDENTITY`, `ready INDEX`, `failed INDEX REASON`
-//! and `released`. End of input before `release` means that the launcher died: the zygote exits, and its workers die with
-//! it.
+//! The zygote reads from standard input: one line of JSON (the job), then `start INDEX` for each clone, `cancel INDEX` for
+//! a clone past its timeout, and finally `release`. The zygote writes to standard output: `started INDEX PID IDENTITY`,
+//! `ready INDEX`, `failed INDEX REASON` and `released`. End of input before `release` means that the launcher died: the
+//! zygote exits, and its workers die with it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, BufRead, BufReader, Write};
@@ -201,7 +201,7 @@ impl Zygote {
         match process::fork_single_threaded() {
             Ok(Fork::Child) => return Ok(Next::Work { index, zygote }),
             Ok(Fork::Parent(pid)) => {
-                // A record needs the identity.
+                // The launcher writes the identity of the process into the record.
                 match ProcessId::of(pid) {
                     Ok(Some(process)) => {
                         self.workers.insert(index, Worker { pid, failure: None, ready: false });
@@ -223,7 +223,7 @@ impl Zygote {
         Ok(Next::Continue)
     }
 
-    /// Kills a worker. Until the worker has exited, it could take the release of another worker.
+    /// Kills a worker. Until its exit, the worker could read the release byte of another worker.
     fn kill(&mut self, pid: u32) -> Result<()> {
         self.killed.insert(pid);
         process::signal_child(pid, Signal::KILL)
@@ -288,7 +288,7 @@ impl Zygote {
         }
     }
 
-    /// Reports workers that have exited. No worker is free before `release`, so each exit is a failure.
+    /// Reports workers that have exited. Before `release` every worker depends on the zygote, so each exit is a failure.
     fn reap(&mut self) -> Result<()> {
         while let Some((pid, ended)) = process::reap_one()? {
             // The worker's last message may still be in the pipe.

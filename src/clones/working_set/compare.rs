@@ -13,8 +13,8 @@ use crate::store::{Digest, WorkingSet};
 use crate::sys::process::procfs;
 use crate::units::PageCount;
 
-/// Name of the processes of this program, except simulated clones.
-const OWN_NAME: &str = "stencil";
+/// Process name of the commands of this program. Simulated clones have another name.
+const COMMAND_NAME: &str = "stencil";
 
 /// The pages that the clones of a template use, against the pages of a working set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -39,8 +39,8 @@ pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Op
     let mut touched: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
     for clone in find::search(&inodes)?.complete()? {
         let is_other = clone.maps.iter().all(|map| map.digest != *digest);
-        // A process that pins a set has all of its pages.
-        if is_other || procfs::status(clone.pid)?.is_none_or(|status| status.name == OWN_NAME) {
+        // A `stencil warm --pin` maps the whole set and is no clone.
+        if is_other || procfs::status(clone.pid)?.is_none_or(|status| status.name == COMMAND_NAME) {
             continue;
         }
         let looks = match look(clone.pid, &inodes) {

@@ -22,18 +22,18 @@ use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
 use crate::sys::process::ProcessId;
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
-/// Interval between two looks at the page tables. Pages that are first seen in one look are recorded in the order of
-/// the file.
+/// Interval between two scans of the page tables. Pages that one scan finds for the first time are recorded in the order
+/// of the file.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// Shortest pause after a look, in durations of the look.
-const REST: u32 = 4;
+/// Shortest pause after a scan, as a multiple of the duration of the scan.
+const MIN_PAUSE_FACTOR: u32 = 4;
 
-/// The pages of one file that earlier looks have seen, in ascending order.
+/// The pages of one file that earlier scans have found, in ascending order.
 type Seen = Vec<Range<u64>>;
 
-/// Records the pages that a process uses until `duration` has passed, the process has exited or `stop` is set. Looks at
-/// least once. Returns the template that the process maps, and the pages of each of its files.
+/// Records the pages that a process uses until `duration` has passed, the process has exited or `stop` is set. Scans the
+/// page tables at least once. Returns the template that the process maps, and the pages of each of its files.
 ///
 /// # Errors
 /// Returns [`Code::NotFound`] if the process maps no template of these mounts, and an error if the process cannot be
@@ -69,15 +69,14 @@ pub fn record(
             }
             let (seen, used) = files.entry(map.file).or_default();
             add(seen, &mut used.touched, touched);
-            let mut copied = Vec::new();
-            add(&mut used.written, &mut copied, written);
+            used.written = joined(used.written.drain(..).chain(written).collect());
         }
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() || stop.load(Ordering::Relaxed) {
             break;
         }
-        // A look holds the lock of the address space, which the process needs to change its mappings.
-        let pause = INTERVAL.max(begin.elapsed() * REST);
+        // A scan holds the lock of the address space, which the process needs to change its mappings.
+        let pause = INTERVAL.max(begin.elapsed() * MIN_PAUSE_FACTOR);
         thread::sleep(pause.min(left));
     }
     let (_, digest) = first.ok_or_else(|| {
@@ -87,13 +86,16 @@ pub fn record(
     Ok((digest, files.into_iter().map(|(name, (_, used))| (name, used)).collect()))
 }
 
-/// Drops the pages of these files that no process maps from the page cache, but for pages that another processor has read
-/// just now. A page of a large folio of the cache is mapped together with all others of the folio, so the page tables of a
+/// Removes the pages of these files that no process maps from the page cache, except pages that another processor has just
+/// read. Does nothing unless the caller is root: the kernel shows other users all pages as resident. A page of a large folio of the cache is mapped together with all others of the folio, so the page tables of a
 /// clone would show pages that the clone never used. The kernel reads dropped pages again in small folios.
 ///
 /// # Errors
 /// Returns an error if a file cannot be opened or mapped.
 pub fn drop_unmapped(dir: &Path, files: &[TemplateFile]) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
     for file in files.iter().filter(|file| file.kind.is_memory() && file.size > Bytes::ZERO) {
         let path = dir.join(&file.name);
         let fail = |e| Error::io("cannot drop the template from the page cache", &path, e);
@@ -173,7 +175,7 @@ pub(super) fn without(ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range
     left
 }
 
-/// Adds the pages of a look to those that were seen before, and the new ones to the end of `order`.
+/// Adds the pages of a scan to those that were found before, and the new ones to the end of `order`.
 fn add(seen: &mut Seen, order: &mut Vec<Range<u64>>, look: Vec<Range<u64>>) {
     let new = without(&look, seen);
     if !new.is_empty() {

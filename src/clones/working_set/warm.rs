@@ -31,7 +31,8 @@ const THREADS: usize = 4;
 pub struct Warmed {
     /// Pages of the set.
     pub pages: PageCount,
-    /// Pages of the set that were in the page cache before.
+    /// Pages of the set that were in the page cache before; 0 for users other than root, to whom the kernel does not show
+    /// the cache.
     pub cached_pages: PageCount,
     /// Pages that were read.
     pub read_pages: PageCount,

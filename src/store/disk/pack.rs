@@ -28,14 +28,14 @@ const MAX_OPEN: usize = 512;
 #[derive(Debug, Default)]
 pub(in crate::store) struct AlignedBuffer {
     memory: Vec<u8>,
-    held: Option<Held>,
-    /// A range of a pack that cannot be read as a whole.
+    held: Option<LoadedRange>,
+    /// A run of records whose read has failed: the records are read one by one.
     unreadable: Option<(PackId, Range<u64>)>,
 }
 
 /// The bytes of a pack that a buffer holds.
 #[derive(Debug)]
-struct Held {
+struct LoadedRange {
     pack: PackId,
     range: Range<u64>,
     /// Index of the first byte in the memory of the buffer.
@@ -56,7 +56,7 @@ impl AlignedBuffer {
     /// Returns true if the buffer holds the record.
     pub fn holds(&self, pack: PackId, stored: Stored) -> bool {
         let record = stored.range();
-        let is_in = |held: &Held| {
+        let is_in = |held: &LoadedRange| {
             held.pack == pack && held.range.start <= record.start && record.end <= held.range.end
         };
         self.held.as_ref().is_some_and(is_in)
@@ -67,7 +67,7 @@ impl AlignedBuffer {
         self.held = None;
     }
 
-    /// Returns held bytes of a range.
+    /// Returns the bytes of a range that the buffer holds; nothing if the buffer is empty.
     fn get(&self, range: &Range<u64>) -> &[u8] {
         let Some(held) = &self.held else { return &[] };
         let at = held.at + to_usize(range.start - held.range.start);
@@ -187,7 +187,7 @@ impl PackFile {
             // mount.
             let _ = fadvise(&self.file, start, std::num::NonZeroU64::new(end - start), Advice::DontNeed);
         }
-        buffer.held = Some(Held { pack: self.header.id, range, at: at + skip });
+        buffer.held = Some(LoadedRange { pack: self.header.id, range, at: at + skip });
         Ok(())
     }
 }

@@ -24,7 +24,7 @@ const MAX_EXTENTS: usize = 8192;
 /// Maximum length of the texts of all sets of a template in bytes, half of a policy.
 const MAX_LENGTH: usize = 512 << 10;
 
-/// Largest index of a page: a file of 256 TiB. Sums over all files of a set then fit into 64 bits.
+/// Limit of page indexes: a file of 256 TiB. Sums over all files of a set then fit into 64 bits.
 const MAX_PAGE: u64 = 1 << 36;
 
 /// Weight of a page that a recording has for the first time.
@@ -38,8 +38,7 @@ const MIN_WEIGHT: u8 = 32;
 pub struct Extent {
     /// Pages of the file.
     pub pages: Range<u64>,
-    /// In how many of the latest recordings the pages are: each recording halves the weight, and adds 128 for its own
-    /// pages.
+    /// Decaying weight: each recording halves the weight, and adds 128 if the recording has the pages.
     weight: u8,
 }
 
@@ -165,12 +164,12 @@ impl Extents {
             let pages = numbers.filter(is_valid).ok_or_else(|| invalid(word))?;
             extents.push(Extent { pages, weight });
             if extents.len() > MAX_EXTENTS {
-                return Err(invalid("too many extents"));
+                return Err(invalid("too many ranges"));
             }
         }
         let extents = Extents(extents);
         match extents.sorted().windows(2).any(|pair| pair[0].end > pair[1].start) {
-            true => Err(invalid("extents overlap")),
+            true => Err(invalid("ranges overlap")),
             false => Ok(extents),
         }
     }

@@ -58,7 +58,7 @@ pub struct LoadedTemplate {
     pub tags: Vec<TagName>,
     /// Files of the template.
     pub files: Vec<TemplateFile>,
-    /// True if the store already had this content; the template then keeps its mode, owner, labels and recipe.
+    /// True if the store already had this content; the template then keeps its mode, owner, labels, recipe and working sets.
     pub existed: bool,
     /// Tags that pointed at other templates before.
     pub moved: Vec<Moved>,

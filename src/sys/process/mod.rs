@@ -100,7 +100,7 @@ pub fn own_session(command: &mut Command) -> &mut Command {
     }
 }
 
-/// Gives this process, and all processes that it starts, no transparent huge pages and no 2 MiB entries for files
+/// Disables transparent huge pages, and 2 MiB entries for files, for this process and its later children
 /// (`PR_SET_THP_DISABLE`).
 ///
 /// # Errors
@@ -251,7 +251,7 @@ pub fn signal_name(number: i32) -> String {
 }
 
 /// Returns a descriptor that is readable after a child has terminated, until [`clear_child_exits`] reads it. Blocks
-/// SIGCHLD, also in later children. A wait for any child examines all children, so callers wait only after such an event.
+/// SIGCHLD in the calling thread and in its later children. A wait for any child examines all children, so callers wait only after such an event.
 ///
 /// # Errors
 /// Returns an error if a system call fails.

@@ -11,7 +11,7 @@ use crate::model::{Bench, Row};
 
 /// Smallest number of rounds of a row that measures times.
 const MIN_ROUNDS: usize = 5;
-/// Rows that count bytes, and the comparison of floors with other programs, which has 3 rounds.
+/// Rows that may have fewer rounds: two count bytes, and `floors` only compares programs.
 const ONCE: [&str; 3] = ["disk", "disk-scattered", "floors"];
 /// Rows that a complete run has.
 const ROWS: [&str; 22] = [
@@ -91,7 +91,7 @@ impl Goals {
         match goals.rounds >= MIN_ROUNDS && goals.once.iter().all(|row| ONCE.contains(&row.as_str())) {
             true => Ok(goals),
             false => Err(failed(&format!(
-                "fewer than {MIN_ROUNDS} rounds, or a row in 'once' that counts no bytes"
+                "fewer than {MIN_ROUNDS} rounds, or a row in 'once' that needs all rounds"
             ))),
         }
     }

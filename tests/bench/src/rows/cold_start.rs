@@ -65,9 +65,8 @@ fn first_byte(context: &Context, dense: &Path, (store, digest): (&Store, &str)) 
     let title = Title {
         name: "first-byte",
         about: "Open, map and read one word of a template directly after the mount, where an earlier mount has \
-                verified the template. kernel-16 is a template of 16 times the input. In the last column: the time \
-                from the mount until kernel decode serves the template, as stencil status says, and the time of the \
-                first read after that.",
+                verified the template. kernel-16 is a template of 16 times the input. Column \"other\": the time \
+                from the mount until stencil status reports kernel decode, and the time of the first read after that.",
         input: "dense",
         caches: "cold",
     };
@@ -155,8 +154,8 @@ fn hydration(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -
     let title = Title {
         name: "hydration",
         about: "From the mount to the first byte of a template by passthrough, which makes and verifies a copy; cp \
-                copies the raw file to the same file system and verifies nothing. Neither waits until the copy is on \
-                the disk.",
+                copies the raw file to the same file system and verifies nothing. Passthrough makes the copy \
+                immutable, for which ext4 writes the copy to the disk; cp does not wait for the disk.",
         input: "dense",
         caches: "cold",
     };

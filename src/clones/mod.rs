@@ -10,6 +10,7 @@ mod helper_process;
 pub mod launch;
 pub mod migration;
 pub mod qmp;
+mod ranges;
 pub mod recipe;
 pub mod registry;
 pub mod removal;

@@ -217,7 +217,7 @@ fn memory_that_is_read_is_mapped_by_large_entries_and_a_write_splits_one() {
     world.stencil(&["stop", "--all"]).ok();
 }
 
-/// The working set of one guest is warmed; a second guest then uses hardly any other pages, and causes at most 4 READs.
+/// The working set of one guest is warmed; a second guest then uses hardly any other pages, and causes few READs.
 #[test]
 fn a_warmed_guest_finds_its_pages_in_memory() {
     let _host = host::shared();
@@ -225,10 +225,12 @@ fn a_warmed_guest_finds_its_pages_in_memory() {
     drop(import_snapshot(&world, &[]));
     let digest = world.json(&["inspect", "fc:1"])["digest"].as_str().unwrap().to_owned();
     let record = |clone: &Clone| world.json(&["working-set", "record", &clone.pid.to_string()]);
+    let start = world.counter("reads");
     let mut first = launch(&world, 1, &[]).remove(0);
     for command in ['r', 'a', 'w'] {
         first.serial.ask(command);
     }
+    let cold = world.counter("reads") - start;
     let recorded = record(&first);
     assert_eq!(recorded["recorded_written_pages"], dirty(&world, first.pid));
     world.stencil(&["stop", "--all"]).ok();
@@ -248,9 +250,10 @@ fn a_warmed_guest_finds_its_pages_in_memory() {
     let found = world.json(&["warm", "fc:1", "--dry-run"])["comparison"].clone();
     let [touched, hits] = ["touched_pages", "hits"].map(|name| found[name].as_u64().unwrap());
     assert!(10 * hits >= 9 * touched, "{found}");
-    println!("a set of {pages} pages; {found}; READs: {}", world.counter("reads") - reads);
-    // The state file is not part of the set.
-    assert!(world.counter("reads") - reads <= 4, "{} READs", world.counter("reads") - reads);
+    let warm = world.counter("reads") - reads;
+    println!("a set of {pages} pages; {found}; READs: {cold} without, {warm} with warming");
+    // The state file is not part of the set, and another scenario may need memory.
+    assert!(4 * warm <= cold, "{cold} READs without, {warm} with warming");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::replaced::{self, Replaced};
 use crate::clones::find::CloneProcess;
+use crate::clones::ranges::subtract;
 use crate::error::{Code, Result};
 use crate::sys::memory::pagemap::{Categories, DirtyRange, Pagemap, Query};
 use crate::sys::process::cgroup;
@@ -145,30 +146,12 @@ fn outside(mut skip: Vec<Range<u64>>, lines: &[MapLine], pagemap: &Pagemap) -> R
         none: Categories::FILE | Categories::ZERO | Categories::GUARD,
         ..Query::default()
     };
-    let present = pagemap.scan(ADDRESS_SPACE, &anonymous)?.into_iter().map(|region| region.range).collect();
+    let present = pagemap.scan(ADDRESS_SPACE, &anonymous)?.into_iter().map(|region| region.range);
+    let present: Vec<_> = present.collect();
     // Data pages of the kernel ([vvar]) look like private memory, but exist only once.
     skip.extend(lines.iter().filter(|line| line.path.starts_with("[v")).map(|line| line.start..line.end));
     skip.sort_unstable_by_key(|range| range.start);
-    Ok(subtract(present, &skip))
-}
-
-/// Returns the parts of the sorted `ranges` that are in none of the sorted `skip`.
-fn subtract(ranges: Vec<Range<u64>>, skip: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut left = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        let mut start = range.start;
-        let first = skip.partition_point(|s| s.end <= range.start);
-        for hole in skip[first..].iter().take_while(|s| s.start < range.end) {
-            if hole.start > start {
-                left.push(start..hole.start);
-            }
-            start = start.max(hole.end);
-        }
-        if start < range.end {
-            left.push(start..range.end);
-        }
-    }
-    left
+    Ok(subtract(&present, &skip))
 }
 
 /// Returns true if the process has a KVM virtual machine. The kernel reports the second-level page tables of all VMs
@@ -181,19 +164,4 @@ pub fn runs_kvm(pid: u32) -> bool {
         .flatten()
         .filter_map(|entry| std::fs::read_link(entry.path()).ok())
         .any(|target| target.as_os_str() == "anon_inode:kvm-vm")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn subtracts_ranges() {
-        let ranges = vec![0..10, 20..30, 40..50];
-        assert_eq!(subtract(ranges.clone(), &[]), ranges);
-        assert_eq!(subtract(ranges.clone(), &[5..25, 28..29, 50..60]), [0..5, 25..28, 29..30, 40..50]);
-        #[expect(clippy::single_range_in_vec_init, reason = "a list of one range is meant")]
-        let everything = [0..100];
-        assert_eq!(subtract(ranges, &everything), []);
-    }
 }

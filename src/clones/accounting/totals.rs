@@ -1,6 +1,7 @@
 //! Sums over all clones, and the ratios between them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -9,6 +10,7 @@ use super::process::{Measured, runs_kvm};
 use super::records::{Records, record_of};
 use super::templates::TemplateMemory;
 use crate::clones::find::CloneProcess;
+use crate::clones::ranges::joined;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
 use crate::sys::process::procfs;
@@ -76,7 +78,7 @@ impl Copied {
         for (clone, measured) in clones {
             for ((digest, index), ranges) in mapped_file_ranges(clone) {
                 if let Some(template) = templates.get(&digest) {
-                    for (start, end) in ranges {
+                    for Range { start, end } in ranges {
                         copied.restored += data.bytes(template, index, start, end)?;
                     }
                 }
@@ -115,27 +117,16 @@ impl DataOfRanges {
     }
 }
 
-type FileRanges = BTreeMap<(Digest, usize), Vec<(u64, u64)>>;
+type FileRanges = BTreeMap<(Digest, usize), Vec<Range<u64>>>;
 
 /// Returns the ranges of each file that a clone maps, in order, with overlaps merged.
 fn mapped_file_ranges(clone: &CloneProcess) -> FileRanges {
     let mut ranges = FileRanges::new();
     for map in &clone.maps {
         let start = map.offset.get();
-        ranges.entry((map.digest, map.index)).or_default().push((start, start + map.length.get()));
+        ranges.entry((map.digest, map.index)).or_default().push(start..start + map.length.get());
     }
-    for list in ranges.values_mut() {
-        list.sort_unstable();
-        let mut merged: Vec<(u64, u64)> = Vec::with_capacity(list.len());
-        for &(start, end) in list.iter() {
-            match merged.last_mut() {
-                Some(last) if start <= last.1 => last.1 = last.1.max(end),
-                _ => merged.push((start, end)),
-            }
-        }
-        *list = merged;
-    }
-    ranges
+    ranges.into_iter().map(|(file, list)| (file, joined(list))).collect()
 }
 
 /// Counts the private pages that are zero in the template or replaced. A restored copy would also need this memory.

@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::record::{count, joined, look, without};
+use super::record::{count, look};
 use crate::clones::find::{self, Inodes};
+use crate::clones::ranges::{joined, subtract};
 use crate::control::Mount;
 use crate::error::{Code, Result};
 use crate::store::{Digest, WorkingSet};
@@ -61,13 +62,13 @@ pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Op
     for (name, pages) in &touched {
         let in_set = set.files.get(name).map(|set| set.touched.sorted()).unwrap_or_default();
         touched_pages += count(pages);
-        missed += count(&without(pages, &in_set));
+        missed += count(&subtract(pages, &in_set));
     }
     let nothing = Vec::new();
     let unused = set
         .files
         .iter()
-        .map(|(name, set)| count(&without(&set.touched.sorted(), touched.get(name).unwrap_or(&nothing))));
+        .map(|(name, set)| count(&subtract(&set.touched.sorted(), touched.get(name).unwrap_or(&nothing))));
     let waste = unused.sum();
     let hits = PageCount::new(touched_pages.get() - missed.get());
     Ok(Some(Comparison { clones, touched_pages, hits, waste }))

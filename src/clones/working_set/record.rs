@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::clones::find::{self, Inodes, TemplateMapping};
+use crate::clones::ranges::{joined, subtract};
 use crate::control::Mount;
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, TemplateFile, Used};
@@ -143,41 +144,9 @@ pub fn count(ranges: &[Range<u64>]) -> PageCount {
     ranges.iter().map(|range| PageCount::new(range.end - range.start)).sum()
 }
 
-/// Sorts ranges and joins those that touch or overlap.
-pub(super) fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    ranges.sort_by_key(|range| range.start);
-    let mut joined: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => joined.push(range),
-        }
-    }
-    joined
-}
-
-/// Returns the pages of `ranges` that `others` do not have. Both are in ascending order, without overlaps.
-pub(super) fn without(ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut left = Vec::new();
-    for range in ranges {
-        let mut start = range.start;
-        let first = others.partition_point(|other| other.end <= range.start);
-        for other in others[first..].iter().take_while(|other| other.start < range.end) {
-            if start < other.start {
-                left.push(start..other.start);
-            }
-            start = start.max(other.end);
-        }
-        if start < range.end {
-            left.push(start..range.end);
-        }
-    }
-    left
-}
-
 /// Adds the pages of a scan to those that were found before, and the new ones to the end of `order`.
 fn add(seen: &mut Seen, order: &mut Vec<Range<u64>>, look: Vec<Range<u64>>) {
-    let new = without(&look, seen);
+    let new = subtract(&look, seen);
     if !new.is_empty() {
         order.extend(new.iter().cloned());
         *seen = joined(seen.iter().cloned().chain(new).collect());
@@ -197,12 +166,5 @@ mod tests {
         add(&mut seen, &mut order, vec![5..25]);
         assert_eq!(order, [10..20, 40..41, 5..10, 20..25, 41..42]);
         assert_eq!(seen, [5..25, 40..42]);
-    }
-
-    #[test]
-    fn a_difference_keeps_the_parts_between() {
-        assert_eq!(without(&[0..10, 20..30], &[3..5, 8..22, 29..40]), [0..3, 5..8, 22..29]);
-        assert_eq!(without(&[0..10], &[]), [0..10]);
-        assert!(without(&[4..5], &[0..10]).is_empty());
     }
 }

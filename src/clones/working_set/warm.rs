@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::record::without;
+use crate::clones::ranges::subtract;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::{TemplateFile, WorkingSet};
@@ -71,7 +71,7 @@ impl SetFile {
         let mut missing = Vec::new();
         for range in &self.ranges {
             missing
-                .extend(without(std::slice::from_ref(range), &cachestat::in_core_of(&view, range.clone())?));
+                .extend(subtract(std::slice::from_ref(range), &cachestat::in_core_of(&view, range.clone())?));
         }
         Ok(missing)
     }

@@ -97,5 +97,9 @@ fn check(file: &Path, docs: Option<&Path>, goals: &Goals) -> Result<()> {
         return Ok(());
     }
     problems.iter().for_each(|problem| eprintln!("{problem}"));
-    Err(Error::failed(format!("{} has faults or misses goals: {} in all", file.display(), problems.len())))
+    Err(Error::failed(format!(
+        "{} does not pass the check, number of problems: {}",
+        file.display(),
+        problems.len()
+    )))
 }

@@ -1,4 +1,4 @@
-//! The file of samples. It contains what was measured and nothing that can be computed from it.
+//! The file of samples: measured values, and no value that can be computed from others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -132,7 +132,7 @@ impl Subject {
         Summary::of(&values?)
     }
 
-    /// The numbers of the rounds; `None` if a round is missing or occurs twice.
+    /// Returns the round numbers of the samples; `None` if a sample has no round number, or two samples have the same.
     pub fn round_numbers(&self) -> Option<BTreeSet<u64>> {
         let all: Option<BTreeSet<u64>> = self.samples.iter().map(|s| s.get("round")?.as_u64()).collect();
         all.filter(|all| all.len() == self.samples.len())

@@ -53,10 +53,11 @@ fn touched<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[St
         take: Box::new(move |_| {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             let mut taken = touch_cold(context.site, dense, &words, None)?;
-            let bytes = taken.sample.get("touched_bytes").and_then(serde_json::Number::as_u64);
-            // Different pages than those of the other touches of this row.
+            // The subjects of this row touch different pages.
             taken.checksum = None;
-            Ok(taken.count("bytes", bytes.unwrap_or_default()))
+            let bytes = taken.sample.get("touched_bytes").cloned();
+            taken.sample.extend(bytes.map(|bytes| ("bytes".to_owned(), bytes)));
+            Ok(taken)
         }),
     }
 }

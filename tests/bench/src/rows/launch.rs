@@ -1,4 +1,4 @@
-//! Rows about launching and stopping simulated clones, beside processes that do the same and nothing else.
+//! Rows about launching and stopping simulated clones. The floor is a program that only forks and touches the same pages.
 
 use std::process::Command;
 use std::time::Instant;

@@ -10,6 +10,7 @@ use std::thread;
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 use stencilfs::error::{Error, Result};
+use stencilfs::sys::process::threads;
 use stencilfs::units::to_usize;
 
 /// Size of a block of the store.
@@ -55,29 +56,31 @@ impl Compressor {
 /// Looks for zero pages in each block of a file, hashes the block and compresses it, by `threads` threads. Returns the
 /// sum of the compressed lengths.
 pub fn encode(path: &Path, codec: Codec, threads: usize, hashes: bool) -> Result<u64> {
-    let encode = || -> io::Result<u64> {
+    let open = || {
         let file = File::open(path)?;
         let length = file.metadata()?.len();
-        in_parallel(threads, length.div_ceil((BLOCK * BATCH) as u64), || {
-            let mut compressor = Compressor::new(codec)?;
-            let (file, mut data) = (&file, vec![0; BLOCK * BATCH]);
-            Ok(move |batch: u64| {
-                let start = batch * (BLOCK * BATCH) as u64;
-                let part = &mut data[..to_usize((length - start).min((BLOCK * BATCH) as u64))];
-                file.read_exact_at(part, start)?;
-                let mut total = 0;
-                for block in part.chunks(BLOCK) {
-                    let zeros = block.chunks(4096).filter(|page| page.iter().all(|byte| *byte == 0)).count();
-                    if hashes {
-                        std::hint::black_box((zeros, blake3::hash(block)));
-                    }
-                    total += compressor.compress(block)?.len() as u64;
-                }
-                Ok(total)
-            })
-        })
+        Ok((file, length))
     };
-    encode().map_err(|e| Error::io("cannot compress", path, e))
+    let (file, length) = open().map_err(|e| Error::io("cannot compress", path, e))?;
+    in_parallel(threads, length.div_ceil((BLOCK * BATCH) as u64), || {
+        let mut compressor = Compressor::new(codec)?;
+        let (file, mut data) = (&file, vec![0; BLOCK * BATCH]);
+        Ok(move |batch: u64| {
+            let start = batch * (BLOCK * BATCH) as u64;
+            let part = &mut data[..to_usize((length - start).min((BLOCK * BATCH) as u64))];
+            file.read_exact_at(part, start)?;
+            let mut total = 0;
+            for block in part.chunks(BLOCK) {
+                let zeros = block.chunks(4096).filter(|page| page.iter().all(|byte| *byte == 0)).count();
+                if hashes {
+                    std::hint::black_box((zeros, blake3::hash(block)));
+                }
+                total += compressor.compress(block)?.len() as u64;
+            }
+            Ok(total)
+        })
+    })
+    .map_err(|e| e.at(path))
 }
 
 /// A file of compressed blocks, as a store has them in its packs.
@@ -110,7 +113,7 @@ impl Packed {
     /// Reads, decodes and hashes all blocks on all processors. Returns the number of decoded bytes.
     pub fn verify(&self) -> Result<u64> {
         let batches = self.blocks.chunks(BATCH).collect::<Vec<_>>();
-        let verified = in_parallel(processors(), batches.len() as u64, || {
+        in_parallel(processors(), batches.len() as u64, || {
             let (batches, file) = (&batches, &self.file);
             let (mut records, mut out) = (Vec::new(), vec![0; BLOCK]);
             Ok(move |batch: u64| {
@@ -133,8 +136,7 @@ impl Packed {
                 }
                 Ok(total)
             })
-        });
-        verified.map_err(|e| Error::failed("cannot decode the blocks").because(e))
+        })
     }
 }
 
@@ -143,28 +145,25 @@ pub fn processors() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Runs one worker a thread on the numbers below `count`, each number once, and returns the sum of what they return.
-fn in_parallel<W>(threads: usize, count: u64, worker: impl Fn() -> io::Result<W> + Sync) -> io::Result<u64>
+/// Runs a worker in each thread on the numbers below `count`, each number once. Returns the sum of the results.
+fn in_parallel<W>(threads: usize, count: u64, worker: impl Fn() -> io::Result<W> + Sync) -> Result<u64>
 where
     W: FnMut(u64) -> io::Result<u64>,
 {
-    let next = AtomicU64::new(0);
-    let run = || -> io::Result<u64> {
-        let (mut worker, mut total) = (worker()?, 0);
+    let (next, total) = (AtomicU64::new(0), AtomicU64::new(0));
+    let failed = |e| Error::failed("cannot process a block").because(e);
+    threads::share(threads, || {
+        let mut worker = worker().map_err(failed)?;
         loop {
             match next.fetch_add(1, Ordering::Relaxed) {
-                number if number < count => total += worker(number)?,
-                _ => return Ok(total),
+                number if number < count => {
+                    total.fetch_add(worker(number).map_err(failed)?, Ordering::Relaxed);
+                }
+                _ => return Ok(()),
             }
         }
-    };
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
-        let results = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("panic"))));
-        results.sum()
-    })
+    })?;
+    Ok(total.into_inner())
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub fn watch() -> Result<()> {
         for _ in signals.forever() {
             INTERRUPTED.store(true, Ordering::Release);
             for pid in RUNNING.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-                // It may have ended by itself.
+                // The command may have ended already.
                 let _ = Pid::from_raw(*pid).map(|pid| kill_process(pid, Signal::TERM));
             }
         }

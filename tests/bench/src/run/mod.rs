@@ -23,7 +23,7 @@ use site::{Site, run};
 
 /// Size of the dense image.
 const DENSE: u64 = 1 << 30;
-/// The same of a short run.
+/// Size of the dense image of a short run.
 const QUICK_DENSE: u64 = 256 << 20;
 /// Size of the image with zeros.
 const ZEROS: u64 = 4 << 30;
@@ -127,7 +127,7 @@ pub fn measure_all(args: &RunArgs) -> Result<()> {
     fs::write(&args.out, bench.to_text()?).map_err(|e| Error::io("cannot write the samples", &args.out, e))
 }
 
-/// Measures small inputs, and fails if a row is far from its goals in each try.
+/// Measures small inputs. Fails if a ratio is worse than half its goal in each measurement of its row.
 pub fn measure_quickly(args: &RunArgs, goals: &Goals) -> Result<()> {
     let site = Site::new(&args.dir, &args.programs, Path::new("tests/bench"))?;
     let (bench, problems) = measure(&site, args, Extent::Quick(goals), QUICK_DENSE)?;

@@ -173,15 +173,19 @@ pub fn drop_caches(site: &Site, bytes: u64) -> Result<()> {
     rustix::fs::sync();
     let path = "/proc/sys/vm/drop_caches";
     fs::write(path, "3").map_err(|e| Error::io("cannot drop the caches", path, e))?;
-    settle(site, bytes)?;
+    claim(site, bytes)?;
     run(Command::new(&site.touch).arg(&site.touch).arg("first")).map(drop)
 }
 
-/// Writes everything to the disk, so that nothing is written during a measurement. Then takes and frees as much memory as
-/// the measurement may need at most: a free page of a virtual machine may be one that the host has taken back, and costs
-/// several times as much as another one.
+/// Writes everything to the disk, so that nothing is written during a measurement, and claims memory.
 pub fn settle(site: &Site, bytes: u64) -> Result<()> {
     rustix::fs::sync();
+    claim(site, bytes)
+}
+
+/// Takes and frees as much memory as a measurement may need: the host may have taken free pages back from a virtual
+/// machine, and such a page costs several times as much as other free pages.
+fn claim(site: &Site, bytes: u64) -> Result<()> {
     run(Command::new(&site.touch).arg("claim").arg(bytes.to_string())).map(drop)
 }
 
@@ -190,7 +194,7 @@ pub fn touch(site: &Site, file: &Path, words: &[&str], mount: Option<&Mount>) ->
     touch_after(site, file, words, mount, || Ok(()))
 }
 
-/// Same with cold caches: those of the kernel, and the server's cache of decoded blocks.
+/// Touches pages after the caches of the kernel and the server's cache of decoded blocks were emptied.
 pub fn touch_cold(site: &Site, file: &Path, words: &[&str], mount: Option<&Mount>) -> Result<Taken> {
     if let Some(mount) = mount.filter(|mount| mount.serve == "decode") {
         mount.restart()?;
@@ -214,9 +218,11 @@ fn touch_after(
     if let (Some(mount), Some(reads)) = (mount, reads) {
         taken = taken.count("reads", mount.reads()?.saturating_sub(reads));
     }
-    let pages = found["pages"].as_u64().unwrap_or_default();
-    taken = taken.count("touched_bytes", pages * 4096);
-    taken.checksum = found["checksum"].as_u64();
+    let count = |name: &str| {
+        found[name].as_u64().ok_or_else(|| Error::failed(format!("touch has printed no '{name}': {found}")))
+    };
+    taken = taken.count("touched_bytes", count("pages")? * 4096);
+    taken.checksum = Some(count("checksum")?);
     for (name, value) in found.as_object().into_iter().flatten() {
         if let Value::Number(number) = value
             && !["pages", "checksum", "minor_faults", "written_pages"].contains(&name.as_str())

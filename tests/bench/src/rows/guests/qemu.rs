@@ -114,7 +114,7 @@ impl Kind for Qemu {
         wait_end(&mut qmp, Instant::now() + TIMEOUT)?;
         qmp.run("cont", json!({}))?;
         ask(&dir.join("serial-1.sock"))?;
-        // By TCG a running guest takes processor time, which the others need to start.
+        // A guest that runs by TCG would take processor time from guests that are still starting.
         qmp.run("stop", json!({}))?;
         Ok(running)
     }

@@ -17,7 +17,7 @@ use crate::sys::files::immutable::unnamed;
 pub fn probe_kernel_decode(metadata_dir: &Path, store: &Path) -> Result<()> {
     let probe = KernelProbe::new()?;
     let (metadata, device) = (unnamed(metadata_dir, &probe.metadata)?, unnamed(store, &probe.device)?);
-    let file = File::from(erofs::open_file(&metadata, &[device], KERNEL_IMAGE_FILE)?);
+    let file = File::from(erofs::open_file(&metadata, &[device], KERNEL_IMAGE_FILE, None)?);
     let mut read = vec![0; probe.plain.len()];
     file.read_exact_at(&mut read, 0)
         .map_err(|e| Error::failed("the kernel cannot decode a small image").because(e))?;

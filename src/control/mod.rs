@@ -24,7 +24,9 @@ pub use protocol::in_flight::{
     INFLIGHT_NAME, InFlight, InFlightTable, Op, PARKED_SLOTS, Phase, RequestInfo, THREAD_SLOTS,
 };
 pub use protocol::messages::{CONTROL_VERSION, Failure, MAX_INODES, Request, Response, UnmountMode};
-pub use protocol::options::{MountOptions, OnDamage, ServeMode, parse_read_ahead, parse_seconds};
+pub use protocol::options::{
+    DEFAULT_READ_AHEAD, MountOptions, OnDamage, ServeMode, parse_read_ahead, parse_seconds,
+};
 pub use protocol::snapshot::{
     BackingKind, BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage,
 };

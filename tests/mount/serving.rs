@@ -120,7 +120,7 @@ fn a_fault_reads_as_many_bytes_as_the_read_ahead_of_the_mount() {
         mapping.load(MemoryOffset::new(16 << 20)).unwrap();
         cachestat::cached(&file).unwrap().bytes().get()
     };
-    for (option, size) in [("--read-ahead=4M", 4 << 20), ("-oread-ahead=0", 0), ("--watchdog=10", 128 << 10)]
+    for (option, size) in [("--read-ahead=4M", 4 << 20), ("-oread-ahead=0", 0), ("--watchdog=10", 512 << 10)]
     {
         let world = TestMount::with(&["--serve", "decode", option]);
         assert_eq!(world.status()["read_ahead_bytes"], size, "{option}");
@@ -129,7 +129,7 @@ fn a_fault_reads_as_many_bytes_as_the_read_ahead_of_the_mount() {
         world.kill_server();
         assert_eq!(cached_after_fault(&world), size.max(PAGE), "{option}");
         let text = world.stencil(&["status"]).ok().out;
-        assert_eq!(text.contains("(decode, read-ahead"), size != 128 << 10, "{text}");
+        assert_eq!(text.contains("(decode, read-ahead"), size != 512 << 10, "{text}");
     }
     let world = TestMount::unmounted();
     world.mount(&["-o", "read-ahead=4097"]).exits(2).says("expected whole pages, at most 64.0 MiB");

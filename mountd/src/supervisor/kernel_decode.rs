@@ -3,10 +3,9 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use stencilfs::control::FileKey;
+use stencilfs::control::{FileKey, MountOptions, ServeMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{KERNEL_IMAGE_FILE, Proof, Store};
 use stencilfs::sys::files::erofs;
@@ -27,22 +26,24 @@ pub struct Opened {
 }
 
 /// Seals the packs that an immutable image names, and opens the file that the kernel decodes out of them. A verification
-/// counts for `valid` (zero: without limit).
+/// counts for the scrub interval of the mount.
 ///
 /// # Errors
 /// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if a pack is gone, or an error if a pack cannot be
 /// sealed or the kernel refuses the image.
-pub fn open(store: &Path, key: &FileKey, image: impl AsFd, valid: Duration) -> Result<Opened> {
+pub fn open(options: &MountOptions, key: &FileKey, image: impl AsFd) -> Result<Opened> {
     let fail = |e| Error::failed("cannot read an image for kernel decode").because(e);
     let metadata = File::from(image.as_fd().try_clone_to_owned().map_err(fail)?);
     let length = metadata.metadata().map_err(fail)?.len().min(MAX_DEVICE_TABLE);
     let mut front = vec![0; to_usize(length)];
     metadata.read_exact_at(&mut front, 0).map_err(fail)?;
-    let store = Store::open(store)?;
+    let store = Store::open(&options.store)?;
     let packs = store.sealed_packs(&front)?;
     let proof = Proof::of(&key.digest, &key.file, &metadata, &packs)
         .map_err(|e| Error::failed("cannot inspect a pack").because(e))?;
-    let file = erofs::open_file(image, &packs, KERNEL_IMAGE_FILE)?;
+    let file =
+        erofs::open_file(image, &packs, KERNEL_IMAGE_FILE, Some(options.read_ahead(ServeMode::Kernel)))?;
+    let valid = options.scrub_interval;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     // The clock may have been set back.
     let is_valid = |at: &u64| *at <= now && (valid.is_zero() || now - at < valid.as_secs().max(1));

@@ -2,9 +2,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use stencilfs::control::{Record, RecordDir, Snapshot};
+use stencilfs::control::{Record, RecordDir, ServeMode, Snapshot};
 use stencilfs::error::{Error, Result};
-use stencilfs::sys::fuse::read_ahead;
+use stencilfs::sys::files::read_ahead;
 use stencilfs::sys::probe;
 use stencilfs::sys::process::ProcessId;
 
@@ -48,12 +48,10 @@ impl Resources {
         self.ledger.write(&text).map_err(|e| Error::failed("cannot write the ledger").because(e))
     }
 
-    /// Sets the kernel's read-ahead, if the options of the mount name a size. The kernel must have accepted the INIT
-    /// reply before.
+    /// Sets the kernel's read-ahead for files served by decode. The kernel must have accepted the INIT reply before.
     pub fn set_read_ahead(mount: &MountFacts) {
-        if let Some(size) = mount.options.read_ahead
-            && let Err(error) = read_ahead::set(mount.device, size)
-        {
+        let size = mount.options.read_ahead(ServeMode::Decode);
+        if let Err(error) = read_ahead::set(mount.device, size) {
             log::warn!(
                 "cannot set the read-ahead of {} to {size}: {error}",
                 mount.options.mountpoint.display()

@@ -13,7 +13,7 @@ use crate::cli::{Global, value_parsers};
 use crate::control::{self, MountOptions, OnDamage, ServeMode};
 use crate::error::{Error, Result};
 use crate::sanitize::path_text;
-use crate::sys::fuse::read_ahead;
+use crate::sys::files::read_ahead;
 use crate::units::Bytes;
 
 /// Mount the store, with each template as read-only files
@@ -55,7 +55,7 @@ pub struct MountArgs {
     /// Seconds between two verifications of a file, with kernel decode; 0 for a single one [default: a week]
     #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
     scrub_interval: Option<Duration>,
-    /// Bytes that the kernel reads ahead in files served by decode; 0 for none [default: the kernel's, 128K]
+    /// Bytes that the kernel reads ahead by decode and kernel decode; 0 for none [default: 512K and 4M]
     #[arg(long, value_name = "SIZE", value_parser = value_parsers::read_ahead)]
     read_ahead: Option<Bytes>,
 }
@@ -108,8 +108,8 @@ pub fn run(args: &MountArgs, global: &Global) -> Result<Done> {
         Error::io("the mount does not respond", &options.mountpoint, e)
             .hint("see 'stencil status' and the log in the runtime directory")
     })?;
-    let set = read_ahead::get(root.dev()).ok();
-    if let Some(size) = options.read_ahead.filter(|size| set != Some(*size)) {
+    let size = options.read_ahead(ServeMode::Decode);
+    if read_ahead::get(root.dev()).ok() != Some(size) {
         crate::print_line!("note: the read-ahead is not {size}: the log of the mount has the reason");
     }
     if options.serve == ServeMode::Kernel

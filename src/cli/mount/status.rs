@@ -19,7 +19,6 @@ use crate::control::{self, DeadMount, FileStatus, Mount, MountStatus, Served};
 use crate::error::{Code, Error, Result};
 use crate::sanitize::{sanitize, utc};
 use crate::store::Store;
-use crate::sys::fuse::read_ahead;
 use crate::sys::process::paused;
 use crate::units::{Bytes, whole};
 
@@ -160,7 +159,7 @@ fn log_line(log: Option<&Path>, out: &mut dyn Write) -> io::Result<()> {
 }
 
 fn one(Responsive { mount, store_error }: &Responsive, out: &mut dyn Write) -> io::Result<()> {
-    let read_ahead = mount.read_ahead.filter(|size| *size != read_ahead::DEFAULT);
+    let read_ahead = mount.read_ahead.filter(|size| *size != control::DEFAULT_READ_AHEAD);
     let read_ahead = read_ahead.map_or_else(String::new, |size| format!(", read-ahead {size}"));
     let detached = if mount.detached { ", detached: served until its last user exits" } else { "" };
     writeln!(

@@ -11,7 +11,7 @@ use crate::control::protocol::snapshot::{BackingKind, Cache, FileKey, ServerEnd,
 use crate::error::Result;
 use crate::sanitize;
 use crate::store::{Digest, FileKind, Serving, Store};
-use crate::sys::fuse::read_ahead;
+use crate::sys::files::read_ahead;
 use crate::units::Bytes;
 
 /// Status of a mount, as printed by `status --json`.

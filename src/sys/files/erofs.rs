@@ -13,15 +13,23 @@ use rustix::mount::{
 };
 
 use crate::error::{Error, Result};
+use crate::sys::files::read_ahead::Numbered;
+use crate::units::Bytes;
 
 /// Mounts the image in `metadata` with its extra devices, in the order of its device table, and opens the file `name`
-/// in its root directory. The kernel caches pages of the file only.
+/// in its root directory. The kernel caches pages of the file only, and reads `read_ahead` bytes at once; without that
+/// value, or if the mount cannot be found in sysfs, as many as it likes.
 ///
 /// # Errors
 /// Returns an error with the kernel's explanation if the kernel cannot mount the image: `ENODEV` without EROFS,
 /// `ENOTBLK` if the metadata is on a file system that cannot back a mount (tmpfs, overlayfs), `EINVAL` for an image
 /// that this kernel does not understand.
-pub fn open_file(metadata: impl AsFd, devices: &[impl AsFd], name: &str) -> Result<OwnedFd> {
+pub fn open_file(
+    metadata: impl AsFd,
+    devices: &[impl AsFd],
+    name: &str,
+    read_ahead: Option<Bytes>,
+) -> Result<OwnedFd> {
     let failed =
         |e: Errno| Error::failed("the kernel cannot mount the metadata of a file (EROFS)").because(e.into());
     let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|e| {
@@ -45,10 +53,16 @@ pub fn open_file(metadata: impl AsFd, devices: &[impl AsFd], name: &str) -> Resu
             | MountAttrFlags::MOUNT_ATTR_NOATIME;
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
     };
+    let before = Numbered::list("erofs-");
     let root = mount().map_err(|e| match messages(&context) {
         Some(text) => failed(e).context(text),
         None => failed(e),
     })?;
+    if let Some(size) = read_ahead
+        && let Err(error) = before.and_then(|before| before.set_of_new(size))
+    {
+        log::warn!("the read-ahead of kernel decode remains the kernel's: {error}");
+    }
     let failed = |e: Errno| Error::io("cannot open the file of an EROFS mount", name, e.into());
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = openat(&root, name, flags, Mode::empty()).map_err(failed)?;

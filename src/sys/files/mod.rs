@@ -14,6 +14,7 @@ pub mod immutable;
 pub mod loop_devices;
 #[cfg(feature = "internals")]
 pub mod mount;
+pub mod read_ahead;
 #[cfg(feature = "internals")]
 pub mod stream;
 #[cfg(feature = "internals")]

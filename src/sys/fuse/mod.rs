@@ -2,4 +2,3 @@
 
 pub mod control_fs;
 pub mod device;
-pub mod read_ahead;

@@ -55,3 +55,36 @@ fn clones_share_one_copy_in_large_mappings_and_it_is_counted_to_the_page() {
     let error = density["audit"]["frames"]["error_percent"].as_f64().unwrap();
     assert!(error.abs() <= 0.5, "{}", density["audit"]);
 }
+
+/// A read in order without advice fills folios of 2 MiB, because of the large read-ahead of kernel decode.
+#[test]
+fn a_read_in_order_without_advice_makes_memory_that_is_mapped_by_2_mib_entries() {
+    let _host = host::alone();
+    let bytes = random(4, 64 << 20);
+    let share_mapped = |options: &[&str]| {
+        let world = TestMount::with(options);
+        let digest = world.import_bytes(&bytes, "web:1");
+        world.wait_until_verified(&digest);
+        let path = world.file(&digest, "memory");
+        host::compact_memory();
+        drop_caches();
+        let file = File::open(&path).unwrap();
+        // The first mapping fills the page cache, the second maps what is there.
+        let mappings = [0, 1].map(|_| {
+            let mapping = private_mapping(&file, bytes.len() as u64);
+            for (page, expected) in bytes.iter().step_by(PAGE).enumerate() {
+                assert_eq!(mapping.load(MemoryOffset::new((page * PAGE) as u64)).unwrap(), *expected);
+            }
+            mapping
+        });
+        let [first, _second] = mappings;
+        drop(first);
+        smaps(&path, "FilePmdMapped") as f64 / bytes.len() as f64
+    };
+    host::measured(|| match share_mapped(&["--serve", "kernel"]) {
+        // The first 20 MiB or so are smaller folios, as the kernel makes them larger step by step.
+        0.5.. => Ok(()),
+        share => Err(format!("only {share} of the memory is mapped by 2 MiB entries")),
+    });
+    assert_eq!(share_mapped(&["--serve", "kernel", "--read-ahead", "128K"]), 0.0);
+}

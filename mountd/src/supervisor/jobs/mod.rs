@@ -165,7 +165,7 @@ pub fn freeze_backing(
             BackingKind::Copy => Ok((Outcome::Done, None)),
             BackingKind::Kernel => {
                 let kernel_decode::Opened { file, proof, verified_at } =
-                    kernel_decode::open(&options.store, key, file, options.scrub_interval)?;
+                    kernel_decode::open(options, key, file)?;
                 Ok((Outcome::Decoded { proof, verified_at }, Some(file)))
             }
         }

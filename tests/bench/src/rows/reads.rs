@@ -88,22 +88,24 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     let digest = inputs::import(&store, dense, "dense")?;
     let [kernel, passthrough, decode] = ["kernel", "passthrough", "decode"].map(|serve| store.mount(serve));
     let (kernel, passthrough, decode) = (kernel?, passthrough?, decode?);
-    let ahead = store.mount_as("decode-4m", "decode", &["--read-ahead", "4M"])?;
+    let small = store.mount_as("decode-128k", "decode", &["--read-ahead", "128K"])?;
+    let large = store.mount_as("decode-4m", "decode", &["--read-ahead", "4M"])?;
     // The first open makes the copy.
     touch(context.site, &passthrough.memory("dense"), &["first"], None)?;
-    for mount in [&kernel, &passthrough, &decode, &ahead] {
+    for mount in [&kernel, &passthrough, &decode, &small, &large] {
         mount.wait_until_served(&digest)?;
     }
-    let [erofs, large] = CLUSTERS.map(|(name, more)| erofs_of(context.site, dense, name, more));
-    let (erofs, large) = (erofs?, large?);
+    let [erofs, erofs_64k] = CLUSTERS.map(|(name, more)| erofs_of(context.site, dense, name, more));
+    let (erofs, erofs_64k) = (erofs?, erofs_64k?);
     let ways = [
         Way::served(context, &kernel, "dense")?,
         Way::served(context, &passthrough, "dense")?,
         Way::served(context, &decode, "dense")?,
-        Way::served(context, &ahead, "dense")?,
+        Way::served(context, &small, "dense")?,
+        Way::served(context, &large, "dense")?,
         Way::plain("ext4", dense.to_owned())?,
         Way::plain("erofs", erofs.file("memory"))?,
-        Way::plain("erofs-64k", large.file("memory"))?,
+        Way::plain("erofs-64k", erofs_64k.file("memory"))?,
     ];
     sequential(context, &ways)?;
     random_pages(context, &ways)?;
@@ -113,23 +115,23 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     launch::measure(context, &passthrough)
 }
 
-fn sequential(context: &Context, ways: &[Way; 7]) -> Result<()> {
-    let [kernel, passthrough, _, _, ext4, ..] = ways;
+fn sequential(context: &Context, ways: &[Way; 8]) -> Result<()> {
+    let [kernel, passthrough, _, _, _, ext4, ..] = ways;
     let mut subjects: Vec<Measured> =
         ways.iter().map(|way| way.cold(context, way.name, sweep("normal"))).collect();
     let advised = [(kernel, "kernel-huge"), (passthrough, "passthrough-huge"), (ext4, "ext4-huge")];
     subjects.extend(advised.map(|(way, name)| way.cold(context, name, sweep("huge"))));
     let title = Title {
         name: "sequential",
-        about: "Read one word of each page through a mapping, in order; -huge with MADV_HUGEPAGE. decode-4m is \
-                decode with --read-ahead 4M; erofs-64k has clusters of 64 KiB in place of 4 KiB.",
+        about: "Read one word of each page through a mapping, in order; -huge with MADV_HUGEPAGE. decode-128k \
+                and decode-4m are decode with another --read-ahead; erofs-64k has clusters of 64 KiB in place of 4 KiB.",
         input: "dense",
         caches: "cold",
     };
     context.row(title, subjects)
 }
 
-fn random_pages(context: &Context, ways: &[Way; 7]) -> Result<()> {
+fn random_pages(context: &Context, ways: &[Way; 8]) -> Result<()> {
     let title = Title {
         name: "random-20000",
         about: "Read one word of 20 000 pages anywhere through a mapping, with default advice; the same pages for all \

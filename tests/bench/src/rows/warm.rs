@@ -6,8 +6,8 @@ use super::reads::Way;
 use crate::run::Context;
 use crate::run::sampling::{Measured, Title, touch, touch_cold};
 
-pub fn measure(context: &Context, ways: &[Way; 7]) -> Result<()> {
-    let [kernel, passthrough, decode, _, ext4, ..] = ways;
+pub fn measure(context: &Context, ways: &[Way; 8]) -> Result<()> {
+    let [kernel, passthrough, decode, _, _, ext4, ..] = ways;
     let title = Title {
         name: "warm",
         about: "Read one word of each page through a new mapping, then write to each page of the last quarter.",

@@ -2,17 +2,12 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use stencilfs::control::{FileKey, MountOptions, ServeMode};
 use stencilfs::error::{Error, Result};
 use stencilfs::store::{KERNEL_IMAGE_FILE, Proof, Store};
 use stencilfs::sys::files::erofs;
-use stencilfs::units::to_usize;
-
-/// Most bytes of an image that are parsed: the device table of the largest image (65535 packs), and what is before it.
-const MAX_DEVICE_TABLE: u64 = 16 << 20;
 
 /// A file that the kernel decodes.
 #[derive(Debug)]
@@ -34,11 +29,8 @@ pub struct Opened {
 pub fn open(options: &MountOptions, key: &FileKey, image: impl AsFd) -> Result<Opened> {
     let fail = |e| Error::failed("cannot read an image for kernel decode").because(e);
     let metadata = File::from(image.as_fd().try_clone_to_owned().map_err(fail)?);
-    let length = metadata.metadata().map_err(fail)?.len().min(MAX_DEVICE_TABLE);
-    let mut front = vec![0; to_usize(length)];
-    metadata.read_exact_at(&mut front, 0).map_err(fail)?;
     let store = Store::open(&options.store)?;
-    let packs = store.sealed_packs(&front)?;
+    let packs = store.sealed_packs(&metadata)?;
     let proof = Proof::of(&key.digest, &key.file, &metadata, &packs)
         .map_err(|e| Error::failed("cannot inspect a pack").because(e))?;
     let file =

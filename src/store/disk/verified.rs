@@ -21,7 +21,7 @@ const LENGTH: usize = 32;
 const VALUE: usize = LENGTH + 8;
 
 /// Bytes of an image that are read at once.
-const CHUNK: usize = 1 << 20;
+const CHUNK: usize = 128 << 10;
 
 /// Proof that a file was verified: a hash of all that the verification depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,6 +12,8 @@
 //!   └─────┴───────────┴───────────────┴───────────────┴───────────────┴────────────────────────────┘
 //! ```
 
+use std::ops::Range;
+
 use super::{BLOCK_SIZE, BlockKind, Invalid, PackId};
 use crate::units::{PAGE_SIZE, to_usize};
 
@@ -136,22 +138,28 @@ fn stored_blocks(extents: &[Extent]) -> u32 {
     u32::try_from(blocks).unwrap_or(u32::MAX)
 }
 
-/// Returns the packs of an image, in the order of its devices. Another process may have written the image.
+/// Length of the part of an image that [`device_table`] needs, in bytes.
+pub const HEAD: usize = DEVICES;
+
+/// Returns the range of an image that holds the packs, in bytes. `head` is the start of the image, which another process
+/// may have written.
 ///
 /// # Errors
 /// Returns [`Invalid`] if the bytes are not the start of an image.
-pub fn packs(image: &[u8]) -> Result<Vec<PackId>, Invalid> {
+pub fn device_table(head: &[u8]) -> Result<Range<usize>, Invalid> {
     let malformed = || Invalid::damage("not an image for kernel decode");
-    let field = |at: usize, length: usize| image.get(at..at + length).ok_or_else(malformed);
-    if field(SUPERBLOCK, 4)? != MAGIC.to_le_bytes() {
+    let head = head.get(..HEAD).ok_or_else(malformed)?;
+    if head[SUPERBLOCK..][..4] != MAGIC.to_le_bytes() {
         return Err(malformed());
     }
-    let count = field(FEATURES + 6, 2)?.iter().rev().fold(0, |n, &byte| n << 8 | usize::from(byte));
-    let id = |slot| {
-        let bytes = field(DEVICES + slot * DEVICE, 16)?;
-        Ok(PackId(bytes.try_into().map_err(|_| malformed())?))
-    };
-    (0..count).map(id).collect()
+    let count = head[FEATURES + 6..][..2].iter().rev().fold(0, |n, &byte| n << 8 | usize::from(byte));
+    Ok(DEVICES..DEVICES + count * DEVICE)
+}
+
+/// Returns the packs of an image with this device table, in the order of its devices.
+pub fn packs(device_table: &[u8]) -> Vec<PackId> {
+    let (slots, _) = device_table.as_chunks::<DEVICE>();
+    slots.iter().map(|slot| PackId(slot[..16].try_into().unwrap_or_default())).collect()
 }
 
 struct Image(Vec<u8>);
@@ -246,14 +254,14 @@ mod tests {
         let record = Record { device: 1, offset: 300, length: 77, kind: BlockKind::Lz4 };
         let extents = [Extent { start: 0, record: Some(record) }, Extent { start: 1 << 16, record: None }];
         let image = encode(1 << 20, &devices, &extents).unwrap();
-        assert_eq!(packs(&image).unwrap(), devices.map(|d| d.pack));
-        for length in 0..DEVICES + devices.len() * DEVICE - 112 {
-            assert!(packs(&image[..length]).is_err(), "{length}");
+        assert_eq!(packs(&image[device_table(&image).unwrap()]), devices.map(|d| d.pack));
+        for length in 0..HEAD {
+            assert!(device_table(&image[..length]).is_err(), "{length}");
         }
         let mut foreign = image;
         foreign[SUPERBLOCK] ^= 1;
-        assert!(packs(&foreign).is_err());
-        assert!(packs(&encode(1, &[], &[]).unwrap()).unwrap().is_empty());
+        assert!(device_table(&foreign).is_err());
+        assert!(device_table(&encode(1, &[], &[]).unwrap()).unwrap().is_empty());
     }
 
     #[test]

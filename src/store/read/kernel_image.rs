@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use crate::error::{Error, Result};
 use crate::store::disk::seal::open_sealed;
@@ -26,18 +28,20 @@ impl Template {
     /// an error if the template has too many or too large packs.
     pub fn kernel_image(&self, file: usize) -> Result<Vec<u8>> {
         let size = self.files().get(file).map_or(0, |f| f.size.get());
-        let mut devices = Devices { store: self.store(), all: Vec::new(), indices: HashMap::new() };
-        let mut extents: Vec<Extent> = Vec::new();
-        for block in 0..self.block_count(file) {
-            let start = block * BLOCK_SIZE;
-            match self.place(file, block)? {
-                None => push_zeros(&mut extents, start),
-                Some((_, pack, stored)) => {
-                    extents.push(extent(start, devices.index(pack)?, stored));
+        let (devices, extents) = self.with_places(file, |places| {
+            let mut devices =
+                Devices { store: self.store(), all: Vec::new(), indices: HashMap::new(), last: None };
+            let mut extents = Vec::with_capacity(to_usize(self.block_count(file)));
+            for (block, place) in (0..).zip(places) {
+                let start = block * BLOCK_SIZE;
+                match place? {
+                    None => push_zeros(&mut extents, start),
+                    Some((_, pack, stored)) => extents.push(extent(start, devices.index(pack)?, stored)),
                 }
             }
-        }
-        erofs::encode(size, &devices.all, &extents).map_err(|e| match e {
+            Ok((devices.all, extents))
+        })?;
+        erofs::encode(size, &devices, &extents).map_err(|e| match e {
             Invalid::Damage(why) | Invalid::Newer(why) => Error::failed(format!(
                 "the kernel cannot decode file {file} of template {}: {why}",
                 self.digest()
@@ -51,11 +55,18 @@ impl Store {
     /// from a process that is not trusted: only packs of this store are opened.
     ///
     /// # Errors
-    /// Returns [`Code::NotFound`](crate::error::Code) if a pack is gone, or an error if the bytes are not an image or a
+    /// Returns [`Code::NotFound`](crate::error::Code) if a pack is gone, or an error if the file is not an image or a
     /// pack cannot be sealed.
-    pub fn sealed_packs(&self, image: &[u8]) -> Result<Vec<File>> {
-        let ids = erofs::packs(image).map_err(cannot_decode)?;
-        ids.into_iter().map(|id| open_sealed(&self.packs().path(id))).collect()
+    pub fn sealed_packs(&self, image: &File) -> Result<Vec<File>> {
+        let read = |range: Range<usize>| {
+            let mut bytes = vec![0; range.len()];
+            image
+                .read_exact_at(&mut bytes, range.start as u64)
+                .map_err(|e| Error::failed("cannot read an image for kernel decode").because(e))?;
+            Ok::<_, Error>(bytes)
+        };
+        let table = erofs::device_table(&read(0..erofs::HEAD)?).map_err(cannot_decode)?;
+        erofs::packs(&read(table)?).into_iter().map(|id| open_sealed(&self.packs().path(id))).collect()
     }
 }
 
@@ -111,13 +122,26 @@ struct Devices<'a> {
     store: &'a Store,
     all: Vec<Device>,
     indices: HashMap<PackId, usize>,
+    /// The pack of the last call, as most neighbouring blocks are in the same pack.
+    last: Option<(PackId, usize)>,
 }
 
 impl Devices<'_> {
     fn index(&mut self, pack: PackId) -> Result<usize> {
-        if let Some(index) = self.indices.get(&pack) {
-            return Ok(*index);
+        if let Some((last, index)) = self.last
+            && last == pack
+        {
+            return Ok(index);
         }
+        let index = match self.indices.get(&pack) {
+            Some(index) => *index,
+            None => self.add(pack)?,
+        };
+        self.last = Some((pack, index));
+        Ok(index)
+    }
+
+    fn add(&mut self, pack: PackId) -> Result<usize> {
         let path = self.store.packs().path(pack);
         let stat = path.metadata().map_err(|e| path.error("cannot inspect pack", e))?;
         let index = self.all.len();

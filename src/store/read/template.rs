@@ -335,6 +335,18 @@ impl Template {
         self.with_tables(|tables| self.stored(tables, number))
     }
 
+    /// Passes the hashes and places of all blocks of a file to `work`, in order and from the same version of the tables,
+    /// and returns its result. If a table turns out to be outdated, `work` is called again.
+    pub(in crate::store) fn with_places<T>(
+        &self,
+        file: usize,
+        mut work: impl FnMut(&mut dyn Iterator<Item = Result<Option<(Digest, PackId, Stored)>>>) -> Result<T>,
+    ) -> Result<T> {
+        let count = self.block_count(file);
+        let first = if count == 0 { 0 } else { self.locate(file, 0)?.0 };
+        self.with_tables(|tables| work(&mut (first..first + count).map(|number| self.stored(tables, number))))
+    }
+
     /// Verifies both tables as a whole. Returns one result for the image and one for the placement.
     pub(in crate::store) fn check_tables(&self) -> [Result<()>; 2] {
         [|t: &Tables| t.image.check_all(), |t: &Tables| t.rows.check_all()]

@@ -184,11 +184,11 @@ type Column = (&'static str, fn(&Subject) -> Option<String>);
 
 const COLUMNS: [Column; 9] = [
     ("p50, p99, p99.9", |subject| {
-        let all: Option<Vec<String>> = ["p50_us", "p99_us", "p999_us"]
+        let all: Vec<String> = ["p50_us", "p99_us", "p999_us"]
             .iter()
-            .map(|metric| Some(format!("{:.0}", subject.summary(metric)?.median)))
+            .filter_map(|metric| Some(format!("{:.0}", subject.summary(metric)?.median)))
             .collect();
-        Some(format!("{} µs", all?.join(", ")))
+        Some(format!("{} µs", all.join(", "))).filter(|_| !all.is_empty())
     }),
     ("p95 to p50", |subject| Some(format!("{:.2}", subject.summary("p95_seconds/p50_seconds")?.median))),
     ("CPU", |subject| median(subject, "cpu_seconds")),
@@ -207,7 +207,8 @@ const COLUMNS: [Column; 9] = [
 ];
 
 /// Metrics of few rows, in the column `other`.
-const OTHERS: [&str; 7] = [
+const OTHERS: [&str; 8] = [
+    "reply_p50_us",
     "write_seconds",
     "stop_seconds",
     "seconds/clones",
@@ -261,7 +262,11 @@ fn words(metric: &str) -> String {
         "p50_us" => "p50".to_owned(),
         "cache_bytes/bytes" => "cache to memory".to_owned(),
         "p95_seconds/p50_seconds" => "p95 to p50".to_owned(),
-        other => other.trim_end_matches("_seconds").trim_end_matches("_bytes").replace('_', " "),
+        other => other
+            .trim_end_matches("_seconds")
+            .trim_end_matches("_bytes")
+            .trim_end_matches("_us")
+            .replace('_', " "),
     }
 }
 

@@ -4,13 +4,16 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use serde_json::Number;
 use stencilfs::error::{Error, Result};
 
 use super::{CLUSTERS, erofs_of, launch, warm};
 use crate::run::Context;
+use crate::run::floor::Packed;
 use crate::run::inputs;
-use crate::run::sampling::{Measured, Title, read_ahead, touch, touch_cold};
+use crate::run::sampling::{Measured, Taken, Title, read_ahead, touch, touch_cold};
 use crate::run::site::{Mount, Store};
+use crate::run::static_fs::StaticFs;
 
 /// A way to read the same data: a file.
 pub struct Way<'a> {
@@ -66,6 +69,9 @@ impl<'a> Way<'a> {
     }
 }
 
+/// Pages that are touched with `MADV_RANDOM`.
+const ADVISED_PAGES: u64 = 4000;
+
 /// Arguments of `touch.c`: all pages in order.
 pub fn sweep(advice: &str) -> impl Fn(u64) -> Vec<String> + use<> {
     let words = vec!["sweep".to_owned(), advice.to_owned()];
@@ -108,7 +114,7 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
         Way::plain("erofs-64k", erofs_64k.file("memory"))?,
     ];
     sequential(context, &ways)?;
-    random_pages(context, &ways)?;
+    random_pages(context, &ways, dense)?;
     if !context.is_quick() {
         warm::measure(context, &ways)?;
     }
@@ -131,7 +137,8 @@ fn sequential(context: &Context, ways: &[Way; 8]) -> Result<()> {
     context.row(title, subjects)
 }
 
-fn random_pages(context: &Context, ways: &[Way; 8]) -> Result<()> {
+fn random_pages(context: &Context, ways: &[Way; 8], dense: &Path) -> Result<()> {
+    let site = context.site;
     let title = Title {
         name: "random-20000",
         about: "Read one word of 20 000 pages anywhere through a mapping, with default advice; the same pages for all \
@@ -144,10 +151,33 @@ fn random_pages(context: &Context, ways: &[Way; 8]) -> Result<()> {
     let title = Title {
         name: "random-advised",
         about: "Read one word of 4000 pages anywhere through a mapping, with MADV_RANDOM; the same pages for all \
-                subjects of a round.",
+                subjects of a round. decode-floor adds up two medians: reading a block of 64 KiB compressed by LZ4 \
+                with O_DIRECT, decoding and hashing it; and a fault on a FUSE file whose server replies at once.",
         input: "dense",
         caches: "cold",
     };
-    let subjects = ways.iter().map(|way| way.cold(context, way.name, random("random", 4000)));
-    context.row(title, subjects.collect())
+    let (packed, static_fs) =
+        (site.path("packed"), StaticFs::mount(&site.create_dir("static")?, context.dense_bytes)?);
+    let blocks = Packed::write(dense, &packed)?;
+    let mut subjects: Vec<Measured> =
+        ways.iter().map(|way| way.cold(context, way.name, random("random", ADVISED_PAGES))).collect();
+    subjects.push(Measured {
+        name: "decode-floor",
+        command:
+            "stencil-bench: read, decode and hash blocks of 64 KiB; touch DIR/static/zeros random random"
+                .to_owned(),
+        read_ahead_bytes: None,
+        take: Box::new(|round| {
+            let words = random("random", ADVISED_PAGES)(round);
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            let replies = touch_cold(site, static_fs.file(), &words, None)?.sample;
+            let reply = |metric| replies.get(metric).and_then(Number::as_f64).unwrap_or(f64::NAN);
+            let blocks = blocks.verify_anywhere(&packed, round, ADVISED_PAGES)?;
+            let taken = Taken::seconds(reply("seconds") + blocks.iter().sum::<f64>() / 1e6);
+            let taken = taken.with("reply_p50_us", reply("p50_us"));
+            Ok(taken.with("p50_us", reply("p50_us") + blocks[blocks.len() / 2]))
+        }),
+    });
+    context.row(title, subjects)?;
+    fs::remove_file(&packed).map_err(|e| Error::io("cannot remove", &packed, e))
 }

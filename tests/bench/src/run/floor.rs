@@ -3,18 +3,25 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::num::NonZero;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::Instant;
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use rustix::fs::OFlags;
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::process::threads;
 use stencilfs::units::to_usize;
 
+use super::inputs::scattered;
+
 /// Size of a block of the store.
 const BLOCK: usize = 64 << 10;
+
+/// Alignment of direct reads.
+const DIRECT: usize = 4096;
 
 /// Blocks that a thread takes at a time: 1 MiB.
 const BATCH: usize = 16;
@@ -110,6 +117,33 @@ impl Packed {
         write().map_err(|e| Error::io("cannot write", path, e))
     }
 
+    /// Reads blocks anywhere with `O_DIRECT`, decodes and hashes them, one after the other. Returns the time of each in
+    /// microseconds, in ascending order.
+    pub fn verify_anywhere(&self, path: &Path, seed: u64, count: u64) -> Result<Vec<f64>> {
+        let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+        let open = || File::options().read(true).custom_flags(flags).open(path);
+        let measure = || -> io::Result<Vec<f64>> {
+            let (file, mut buffer, mut out) = (open()?, vec![0; BLOCK + 3 * DIRECT], vec![0; BLOCK]);
+            let skip = buffer.as_ptr().align_offset(DIRECT);
+            let buffer = &mut buffer[skip..];
+            let mut times = Vec::new();
+            for index in 0..count {
+                let (offset, length) =
+                    self.blocks[to_usize(scattered(seed << 32 | index)) % self.blocks.len()];
+                let began = Instant::now();
+                let skip = to_usize(offset) % DIRECT;
+                let want = (skip + length).next_multiple_of(DIRECT);
+                let read = file.read_at(&mut buffer[..want], offset - skip as u64)?;
+                let record = buffer[..read].get(skip..skip + length).ok_or(io::ErrorKind::UnexpectedEof)?;
+                std::hint::black_box(blake3::hash(decode(record, &mut out)?));
+                times.push(began.elapsed().as_secs_f64() * 1e6);
+            }
+            times.sort_by(f64::total_cmp);
+            Ok(times)
+        };
+        measure().map_err(|e| Error::io("cannot read blocks of", path, e))
+    }
+
     /// Reads, decodes and hashes all blocks on all processors. Returns the number of decoded bytes.
     pub fn verify(&self) -> Result<u64> {
         let batches = self.blocks.chunks(BATCH).collect::<Vec<_>>();
@@ -124,13 +158,7 @@ impl Packed {
                 let mut total = 0;
                 for (offset, length) in blocks {
                     let record = &records[to_usize(offset - first.0)..][..*length];
-                    let plain = match *length == BLOCK {
-                        true => record,
-                        false => {
-                            let length = decompress_into(record, &mut out).map_err(io::Error::other)?;
-                            &out[..length]
-                        }
-                    };
+                    let plain = decode(record, &mut out)?;
                     std::hint::black_box(blake3::hash(plain));
                     total += plain.len() as u64;
                 }
@@ -138,6 +166,15 @@ impl Packed {
             })
         })
     }
+}
+
+/// Returns the plain block of a record.
+fn decode<'a>(record: &'a [u8], out: &'a mut [u8]) -> io::Result<&'a [u8]> {
+    if record.len() == BLOCK {
+        return Ok(record);
+    }
+    let length = decompress_into(record, out).map_err(io::Error::other)?;
+    Ok(&out[..length])
 }
 
 /// The number of processors.
@@ -179,11 +216,13 @@ mod tests {
         let mut data = vec![0; 40 * BLOCK];
         for (index, byte) in data.iter_mut().enumerate().skip(BLOCK) {
             let run = if index < 30 * BLOCK { 64 } else { 1 };
-            *byte = crate::run::inputs::scattered((index / run) as u64).to_le_bytes()[0];
+            *byte = scattered((index / run) as u64).to_le_bytes()[0];
         }
         fs::write(&image, &data).unwrap();
         let packed = Packed::write(&image, &dir.path().join("packed")).unwrap();
         assert_eq!(packed.verify().unwrap(), data.len() as u64);
+        let times = packed.verify_anywhere(&dir.path().join("packed"), 1, 100).unwrap();
+        assert!(times.len() == 100 && times.is_sorted(), "{times:?}");
         let stored: usize = packed.blocks.iter().map(|(_, length)| length).sum();
         assert!(stored < data.len() / 2, "{stored}");
         for threads in [1, 3] {
@@ -192,5 +231,6 @@ mod tests {
         assert!(encode(&image, Codec::Zstd, 2, false).unwrap() < stored as u64);
         fs::write(dir.path().join("packed"), vec![0xff; stored]).unwrap();
         packed.verify().unwrap_err();
+        packed.verify_anywhere(&dir.path().join("packed"), 1, 100).unwrap_err();
     }
 }

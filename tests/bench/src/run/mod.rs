@@ -5,6 +5,7 @@ pub mod inputs;
 pub mod interrupt;
 pub mod sampling;
 pub mod site;
+pub mod static_fs;
 
 use std::cell::RefCell;
 use std::fs;

@@ -10,7 +10,9 @@ use serde::Serialize;
 
 use super::accounting::{self, Survey, Totals, residency};
 use super::baseline::Baseline;
-use super::find::{self, Inodes, Search, ServedFile};
+use super::find::{self, Inodes, Search, ServedFile, TemplateMapping};
+use super::ranges::joined;
+use super::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::{Code, Error, Result};
 use crate::store::Serving;
@@ -187,8 +189,9 @@ impl Walk {
 fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
     let frames = Frames::open()?;
     let mut walk = Walk::default();
+    let zeros = ZeroMemory::new(&survey.inodes);
     for (pid, lines) in mappings_of_all(&survey.inodes)? {
-        match walk_process(pid, &lines, &survey.inodes, &frames, &mut walk) {
+        match walk_process(pid, &lines, &zeros, &frames, &mut walk) {
             Err(error) if error.code() == Code::NotFound => {}
             other => other?,
         }
@@ -270,16 +273,19 @@ fn mappings_of_all(inodes: &Inodes) -> Result<Vec<(u32, Vec<MapLine>)>> {
 fn walk_process(
     pid: u32,
     lines: &[MapLine],
-    inodes: &Inodes,
+    zeros: &ZeroMemory<'_>,
     frames: &Frames,
     walk: &mut Walk,
 ) -> Result<()> {
     let pagemap = Pagemap::open(pid)?;
     let mut exclusive = None;
-    let maps: Vec<_> = lines.iter().filter_map(|line| find::mapping(line, inodes)).collect();
+    let mut maps = lines.iter().filter_map(|line| find::mapping(line, zeros.inodes())).collect();
+    zeros.add(&mut maps, lines)?;
     let replaced = accounting::replaced(&maps, lines, || accounting::runs_kvm(pid));
+    let in_place =
+        maps.iter().map(TemplateMapping::range).chain(replaced.into_iter().map(|found| found.range));
+    let in_place = joined(in_place.collect());
     for line in lines.iter().filter(|line| !line.path.starts_with("[v")) {
-        let template = inodes.lookup(line.dev, line.ino).is_some();
         let mut anonymous = Vec::new();
         pagemap.each_entry(line.start..line.end, |address, entry| {
             anonymous.extend(entry.frame().map(|frame| (address, frame)));
@@ -291,9 +297,9 @@ fn walk_process(
             if exclusive.is_none() && frames.mappings(frame)? == 1 {
                 exclusive = Some(frame);
             }
-            let next = replaced.partition_point(|replaced| replaced.range.end <= address);
-            let in_place = template || replaced.get(next).is_some_and(|found| found.range.contains(&address));
-            let frames = if in_place { &mut walk.private } else { &mut walk.overhead };
+            let next = in_place.partition_point(|range| range.end <= address);
+            let is_in_place = in_place.get(next).is_some_and(|range| range.contains(&address));
+            let frames = if is_in_place { &mut walk.private } else { &mut walk.overhead };
             *frames.entry(frame).or_default() += 1;
         }
     }

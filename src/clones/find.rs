@@ -43,6 +43,8 @@ pub struct Inodes {
     /// The files by inode number alone, in the first mount that has them.
     numbers: HashMap<u64, Arc<ServedFile>>,
     devices: Vec<u64>,
+    /// The store of each mount; empty for a list of some templates.
+    stores: Vec<Store>,
 }
 
 /// A filter for mappings.
@@ -74,6 +76,7 @@ impl Inodes {
                 stores.insert(served_by.store.clone(), Store::open(&served_by.store)?);
             }
             let store = &stores[&served_by.store];
+            inodes.stores.push(store.clone());
             for digest in store.digests()? {
                 let template = match store.template(&digest) {
                     Ok(template) => template,
@@ -142,6 +145,11 @@ impl Inodes {
         }
     }
 
+    /// Returns the store of a mount, given as the index in the list that was passed to [`Inodes::of`].
+    pub fn store(&self, mount: usize) -> Option<&Store> {
+        self.stores.get(mount)
+    }
+
     /// Iterates over all served files with their inode numbers, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Arc<ServedFile>)> {
         self.files.iter().map(|((_, ino), file)| (*ino, file))
@@ -167,6 +175,8 @@ pub struct TemplateMapping {
     pub length: Bytes,
     /// How the pages are served.
     pub serving: Serving,
+    /// True for anonymous memory in place of pages that are zero in the template.
+    pub anonymous: bool,
     /// Length of the file.
     #[serde(skip)]
     pub file_size: Bytes,
@@ -354,6 +364,7 @@ pub fn mapping(line: &procfs::MapLine, inodes: &Inodes) -> Option<TemplateMappin
         offset: FileOffset::new(line.offset),
         length: line.len(),
         serving: file.serving,
+        anonymous: false,
         file_size: file.size,
         index: file.index,
         mount: file.mount,

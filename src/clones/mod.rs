@@ -18,6 +18,7 @@ pub mod stop;
 pub mod vmm;
 pub mod vmm_api;
 pub mod working_set;
+mod zero_memory;
 
 /// Formats a number with its noun: `1 clone`, `2 clones`.
 pub(crate) fn counted(number: u64, one: &str, many: &str) -> String {

@@ -34,6 +34,17 @@ pub fn subtract(ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>>
     left
 }
 
+/// Returns the parts of the sorted `ranges` that are in one of the sorted `others`.
+pub fn intersect(ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut common = Vec::new();
+    for range in ranges {
+        let first = others.partition_point(|other| other.end <= range.start);
+        let others = others[first..].iter().take_while(|other| other.start < range.end);
+        common.extend(others.map(|other| other.start.max(range.start)..other.end.min(range.end)));
+    }
+    common
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,5 +58,8 @@ mod tests {
         #[expect(clippy::single_range_in_vec_init, reason = "a list of one range is meant")]
         let everything = [0..100];
         assert_eq!(subtract(&ranges, &everything), []);
+        assert_eq!(intersect(&ranges, &[5..25, 28..29, 50..60]), [5..10, 20..25, 28..29]);
+        assert_eq!(intersect(&ranges, &everything), ranges);
+        assert_eq!(intersect(&ranges, &[10..20, 30..40]), []);
     }
 }

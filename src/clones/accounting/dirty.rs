@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::process::{Measured, measure};
 use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
+use crate::clones::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::Result;
 use crate::sys::memory::pagemap;
@@ -34,8 +35,9 @@ pub struct DirtyRange {
 /// # Errors
 /// Returns an error if a store cannot be read or the process cannot be inspected.
 pub fn dirty_of(pid: u32, mounts: &[Mount]) -> Result<Option<(CloneProcess, Vec<DirtyRange>)>> {
-    let Some(clone) = find::look_at(pid, &Inodes::of(mounts)?)? else { return Ok(None) };
-    let Some(measured) = measure(&clone)? else { return Ok(None) };
+    let inodes = Inodes::of(mounts)?;
+    let Some(mut clone) = find::look_at(pid, &inodes)? else { return Ok(None) };
+    let Some(measured) = measure(&mut clone, &ZeroMemory::new(&inodes))? else { return Ok(None) };
     let ranges = ranges(&clone.maps, &measured);
     Ok(Some((clone, ranges)))
 }

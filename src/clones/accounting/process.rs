@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::replaced::{self, Replaced};
 use crate::clones::find::CloneProcess;
 use crate::clones::ranges::subtract;
+use crate::clones::zero_memory::ZeroMemory;
 use crate::error::{Code, Result};
 use crate::sys::memory::pagemap::{Categories, DirtyRange, Pagemap, Query};
 use crate::sys::process::cgroup;
@@ -21,7 +22,7 @@ const ADDRESS_SPACE: Range<u64> = 0..0x7FFF_FFFF_F000;
 /// Memory of one clone, in bytes unless the name says pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct CloneMemory {
-    /// Size of the template mappings.
+    /// Size of the template mappings and of the zero memory between them.
     pub mapped_bytes: Bytes,
     /// Template pages that the page tables map unchanged. A mapped page need not have been accessed.
     pub mapped_clean_bytes: Bytes,
@@ -69,24 +70,26 @@ impl Measured {
     }
 }
 
-/// Measures one clone. Returns `None` if the clone has exited.
+/// Measures one clone, and adds its zero memory to its mappings. Returns `None` if the clone has exited.
 ///
 /// # Errors
 /// Returns an error if the process cannot be inspected.
-pub fn measure(clone: &CloneProcess) -> Result<Option<Measured>> {
-    match inspect(clone) {
+pub fn measure(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>) -> Result<Option<Measured>> {
+    match inspect(clone, zeros) {
         Err(error) if error.code() == Code::NotFound => Ok(None),
         other => other,
     }
 }
 
-fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
+fn inspect(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>) -> Result<Option<Measured>> {
     let pagemap = Pagemap::open(clone.pid)?;
     // The kernel may have reused the process id. The open pagemap is bound to one address space, so a later reuse does
     // not change what is read.
     if !clone.process().is_alive() {
         return Ok(None);
     }
+    let Some(lines) = procfs::maps(clone.pid, |_, _| true)? else { return Ok(None) };
+    zeros.add(&mut clone.maps, &lines)?;
     let mut memory = CloneMemory::default();
     let mut copied = Vec::with_capacity(clone.maps.len());
     for map in &clone.maps {
@@ -95,6 +98,9 @@ fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
         memory.dirty_pages += copies.iter().map(|copy| PageCount::new(copy.pages())).sum();
         memory.add_private(&copies);
         copied.push(copies);
+        if map.anonymous {
+            continue;
+        }
         for region in pagemap.scan(map.range(), &clean())? {
             let bytes = Bytes::new(region.range.end - region.range.start);
             memory.mapped_clean_bytes += bytes;
@@ -103,7 +109,6 @@ fn inspect(clone: &CloneProcess) -> Result<Option<Measured>> {
             }
         }
     }
-    let Some(lines) = procfs::maps(clone.pid, |_, _| true)? else { return Ok(None) };
     let mut replaced = Vec::new();
     for found in replaced::replaced(&clone.maps, &lines, || runs_kvm(clone.pid)) {
         let pages = Bytes::new(found.range.end - found.range.start).pages();

@@ -113,16 +113,11 @@ fn readable<'a>(lines: &'a [MapLine], range: &'a Range<u64>) -> impl Iterator<It
         .map(|line| line.start.max(range.start)..line.end.min(range.end))
 }
 
-/// Returns true for memory that a VMM can have mapped over a template.
-fn is_unnamed_memory(line: &MapLine) -> bool {
-    line.ino == 0 && line.path.is_empty() && line.perms.starts_with("rw") && line.is_private()
-}
-
 /// Returns the size of the memory that continues a mapping which ends at `end`, at most `limit` bytes.
 fn continued_above(lines: &[MapLine], end: u64, limit: u64) -> u64 {
     let mut reached = end;
     let first = lines.partition_point(|line| line.start < end);
-    for line in lines[first..].iter().take_while(|line| is_unnamed_memory(line)) {
+    for line in lines[first..].iter().take_while(|line| line.is_unnamed_memory()) {
         if line.start != reached || reached - end >= limit {
             break;
         }
@@ -135,7 +130,7 @@ fn continued_above(lines: &[MapLine], end: u64, limit: u64) -> u64 {
 fn continued_below(lines: &[MapLine], start: u64, limit: u64) -> u64 {
     let mut reached = start;
     let count = lines.partition_point(|line| line.start < start);
-    for line in lines[..count].iter().rev().take_while(|line| is_unnamed_memory(line)) {
+    for line in lines[..count].iter().rev().take_while(|line| line.is_unnamed_memory()) {
         if line.end != reached || start - reached >= limit {
             break;
         }
@@ -166,6 +161,7 @@ mod tests {
             file_size: Bytes::new(FILE * PAGE_SIZE),
             index: 0,
             mount: 0,
+            anonymous: false,
         }
     }
 

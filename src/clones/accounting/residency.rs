@@ -99,7 +99,7 @@ fn root_of(mount: &Mount) -> Option<File> {
 fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
     let mut paths = HashMap::new();
     for clone in clones {
-        for map in &clone.maps {
+        for map in clone.maps.iter().filter(|map| !map.anonymous) {
             let end = map.range().end;
             paths.entry((map.dev, map.ino)).or_insert_with(|| {
                 // /proc/TID has map_files, /proc/PID/task/TID does not. A main thread that has exited shows no memory.

@@ -10,6 +10,7 @@ use super::{disks, frames, residency};
 use crate::clones::baseline::Baseline;
 use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
 use crate::clones::registry;
+use crate::clones::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::Result;
 use crate::store::Digest;
@@ -78,8 +79,9 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
         found.retain(|clone| clone.maps.iter().any(|map| map.digest == *only));
     }
     let mut clones = Vec::with_capacity(found.len());
-    for clone in found {
-        if let Some(measured) = measure(&clone)? {
+    let zeros = ZeroMemory::new(&inodes);
+    for mut clone in found {
+        if let Some(measured) = measure(&mut clone, &zeros)? {
             clones.push((clone, measured));
         }
     }

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::record::{count, look};
 use crate::clones::find::{self, Inodes};
 use crate::clones::ranges::{joined, subtract};
+use crate::clones::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::{Code, Result};
 use crate::store::{Digest, WorkingSet};
@@ -36,6 +37,7 @@ pub struct Comparison {
 /// Returns an error if a process cannot be inspected.
 pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Option<Comparison>> {
     let inodes = Inodes::of(mounts)?;
+    let zeros = ZeroMemory::new(&inodes);
     let mut clones = 0;
     let mut touched: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
     for clone in find::search(&inodes)?.complete()? {
@@ -44,7 +46,7 @@ pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Op
         if is_other || procfs::status(clone.pid)?.is_none_or(|status| status.name == COMMAND_NAME) {
             continue;
         }
-        let looks = match look(clone.pid, &inodes) {
+        let looks = match look(clone.pid, &inodes, &zeros) {
             Err(error) if error.code() == Code::NotFound => None,
             other => other?,
         };

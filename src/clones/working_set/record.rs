@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 
 use crate::clones::find::{self, Inodes, TemplateMapping};
 use crate::clones::ranges::{joined, subtract};
+use crate::clones::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, TemplateFile, Used};
 use crate::sys::memory::cachestat;
 use crate::sys::memory::mapping::{Advice, Mapping, Request};
 use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
-use crate::sys::process::ProcessId;
+use crate::sys::process::{ProcessId, procfs};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// Interval between two scans of the page tables. Pages that one scan finds for the first time are recorded in the order
@@ -46,12 +47,13 @@ pub fn record(
     stop: &AtomicBool,
 ) -> Result<(Digest, BTreeMap<String, Used>)> {
     let inodes = Inodes::of(mounts)?;
+    let zeros = ZeroMemory::new(&inodes);
     let end = Instant::now() + duration;
     let mut first = None;
     let mut files: BTreeMap<String, (Seen, Used)> = BTreeMap::new();
     loop {
         let begin = Instant::now();
-        let found = match look(pid, &inodes) {
+        let found = match look(pid, &inodes, &zeros) {
             Ok(found) => found,
             // The process has exited.
             Err(error) if error.code() == Code::NotFound => None,
@@ -118,11 +120,18 @@ pub fn drop_unmapped(dir: &Path, files: &[TemplateFile]) -> Result<()> {
 type Look = (TemplateMapping, Vec<Range<u64>>, Vec<Range<u64>>);
 
 /// Reads the page tables of a process; `None` if the process maps no template.
-pub(super) fn look(pid: u32, inodes: &Inodes) -> Result<Option<(ProcessId, Vec<Look>)>> {
-    let Some(clone) = find::look_at(pid, inodes)? else { return Ok(None) };
+pub(super) fn look(
+    pid: u32,
+    inodes: &Inodes,
+    zeros: &ZeroMemory<'_>,
+) -> Result<Option<(ProcessId, Vec<Look>)>> {
+    let Some(mut clone) = find::look_at(pid, inodes)? else { return Ok(None) };
     let pagemap = Pagemap::open(pid)?;
     if !clone.process().is_alive() {
         return Ok(None);
+    }
+    if clone.maps.len() > 1 {
+        zeros.add(&mut clone.maps, &procfs::maps(pid, |_, _| true)?.unwrap_or_default())?;
     }
     let process = clone.process();
     let mut looks = Vec::with_capacity(clone.maps.len());

@@ -9,10 +9,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags, mount};
 
 use crate::error::{Error, Result};
+pub use crate::sys::process::procfs::FS_TYPE;
 use crate::sys::process::procfs::{self, MountLine};
-
-/// File system type of Stencil mounts in `/proc/mounts`.
-pub const FS_TYPE: &str = "fuse.stencil";
 
 /// Mounts the FUSE connection `fuse` on a directory for all users, with permission checks by the kernel
 /// (`default_permissions`). The superblock stays writable: on a read-only superblock an open for writing fails with

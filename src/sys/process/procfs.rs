@@ -10,6 +10,9 @@ use crate::error::{Error, Result};
 use crate::sys::process::tasks;
 use crate::units::Bytes;
 
+/// File system type of Stencil mounts in `/proc/mounts`.
+pub const FS_TYPE: &str = "fuse.stencil";
+
 /// One line of `/proc/PID/maps`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MapLine {
@@ -43,6 +46,11 @@ impl MapLine {
     /// Returns true for `MAP_PRIVATE`.
     pub fn is_private(&self) -> bool {
         self.perms.ends_with('p')
+    }
+
+    /// Returns true for memory that a VMM can have mapped over a template: private, anonymous, writable, without a name.
+    pub fn is_unnamed_memory(&self) -> bool {
+        self.ino == 0 && self.path.is_empty() && self.perms.starts_with("rw") && self.is_private()
     }
 }
 

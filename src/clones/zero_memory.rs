@@ -1,0 +1,204 @@
+//! Zero memory: anonymous memory of a process in place of template pages that are zero. Stencil's own memory backend maps
+//! long runs of zeros so; the balloon of Firecracker can have the same effect.
+//!
+//! Such a page has the bytes of the template until the process writes the page. So the accounting treats zero memory as
+//! a part of the template mapping: a page that is present or in swap, and not the kernel's zero page, is a copied page.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+use super::find::{Inodes, TemplateMapping};
+use super::ranges::{intersect, subtract};
+use crate::error::{Code, Result};
+use crate::store::{BLOCK_SIZE, Digest};
+use crate::sys::process::procfs::MapLine;
+use crate::units::{Bytes, FileOffset, PAGE_SIZE};
+
+/// Byte ranges of a file in which all blocks are zero.
+type Zeros = Rc<Vec<Range<u64>>>;
+
+/// Finds the zero memory of processes, from the tables of their templates.
+#[derive(Debug)]
+pub struct ZeroMemory<'a> {
+    inodes: &'a Inodes,
+    /// By template and index of the file. Many clones map the same file.
+    zeros: RefCell<BTreeMap<(Digest, usize), Zeros>>,
+}
+
+impl<'a> ZeroMemory<'a> {
+    /// Creates a search in processes that map these files.
+    pub fn new(inodes: &'a Inodes) -> ZeroMemory<'a> {
+        ZeroMemory { inodes, zeros: RefCell::default() }
+    }
+
+    /// Returns the files that the search knows.
+    pub fn inodes(&self) -> &'a Inodes {
+        self.inodes
+    }
+
+    /// Adds the zero memory of a process to its template mappings, which are in the order of their addresses. `lines` are
+    /// all mappings of the process, also by address.
+    ///
+    /// # Errors
+    /// Returns an error if the tables of a template cannot be read.
+    pub fn add(&self, maps: &mut Vec<TemplateMapping>, lines: &[MapLine]) -> Result<()> {
+        maps.extend(parts(maps, lines, |map| self.zeros(map))?);
+        maps.sort_by_key(|map| map.start);
+        Ok(())
+    }
+
+    fn zeros(&self, map: &TemplateMapping) -> Result<Zeros> {
+        if let Some(zeros) = self.zeros.borrow().get(&(map.digest, map.index)) {
+            return Ok(Rc::clone(zeros));
+        }
+        let template = self.inodes.store(map.mount).map(|store| store.template(&map.digest));
+        let zeros = match template {
+            Some(Err(error)) if error.code() != Code::NotFound => return Err(error),
+            // Removed meanwhile. All anonymous memory in the gaps then counts as replaced.
+            Some(Err(_)) | None => Vec::new(),
+            Some(Ok(template)) => {
+                let data = template.data_ranges(map.index)?;
+                let bytes = |blocks: &Range<u64>| blocks.start * BLOCK_SIZE..blocks.end * BLOCK_SIZE;
+                let data: Vec<_> = data.iter().map(bytes).collect();
+                // The rest of the last page of the file is zero too.
+                let whole = 0..map.file_size.get().next_multiple_of(PAGE_SIZE);
+                subtract(std::slice::from_ref(&whole), &data)
+            }
+        };
+        let zeros = Rc::new(zeros);
+        self.zeros.borrow_mut().insert((map.digest, map.index), Rc::clone(&zeros));
+        Ok(zeros)
+    }
+}
+
+/// Returns the zero memory in the gaps of template mappings. `zeros` returns the zero ranges of the file of a mapping.
+fn parts(
+    maps: &[TemplateMapping],
+    lines: &[MapLine],
+    zeros: impl Fn(&TemplateMapping) -> Result<Zeros>,
+) -> Result<Vec<TemplateMapping>> {
+    let mut found = Vec::new();
+    for (before, gap) in gaps(maps) {
+        let distance = before.start.wrapping_sub(before.offset.get());
+        let address = |offset: u64| offset.wrapping_add(distance);
+        let zeros: Vec<_> =
+            zeros(before)?.iter().map(|part| address(part.start)..address(part.end)).collect();
+        for part in intersect(&unnamed_memory(lines, &gap), &zeros) {
+            found.push(TemplateMapping {
+                start: part.start,
+                offset: FileOffset::new(part.start.wrapping_sub(distance)),
+                length: Bytes::new(part.end - part.start),
+                anonymous: true,
+                ..before.clone()
+            });
+        }
+    }
+    Ok(found)
+}
+
+/// Returns the address ranges between two parts of one mapping (the same distance between address and file offset), each
+/// with the part before the range.
+fn gaps(maps: &[TemplateMapping]) -> impl Iterator<Item = (&TemplateMapping, Range<u64>)> {
+    let distance = |map: &TemplateMapping| map.start.wrapping_sub(map.offset.get());
+    maps.windows(2).filter_map(move |pair| {
+        let [before, behind] = pair else { return None };
+        let gap = before.range().end..behind.start;
+        let is_one = (before.dev, before.ino, distance(before)) == (behind.dev, behind.ino, distance(behind));
+        (is_one && !gap.is_empty()).then_some((before, gap))
+    })
+}
+
+/// Returns the parts of an address range that are private anonymous memory without a name.
+fn unnamed_memory(lines: &[MapLine], range: &Range<u64>) -> Vec<Range<u64>> {
+    let first = lines.partition_point(|line| line.end <= range.start);
+    let lines = lines[first..].iter().take_while(|line| line.start < range.end);
+    let memory = lines.filter(|line| line.is_unnamed_memory());
+    memory.map(|line| line.start.max(range.start)..line.end.min(range.end)).collect()
+}
+
+#[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "the lists are of ranges")]
+mod tests {
+    use super::*;
+    use crate::store::Serving;
+
+    /// A mapping of `pages` of a file, at page `at`.
+    fn map(at: u64, pages: Range<u64>) -> TemplateMapping {
+        TemplateMapping {
+            digest: Digest::new([0; 32]),
+            file: "memory".into(),
+            dev: 1,
+            ino: 2,
+            start: at * PAGE_SIZE,
+            offset: FileOffset::new(pages.start * PAGE_SIZE),
+            length: Bytes::new((pages.end - pages.start) * PAGE_SIZE),
+            serving: Serving::Decode,
+            anonymous: false,
+            file_size: Bytes::new(100 * PAGE_SIZE),
+            index: 0,
+            mount: 0,
+        }
+    }
+
+    fn line(pages: Range<u64>, perms: &str, path: &str) -> MapLine {
+        MapLine {
+            start: pages.start * PAGE_SIZE,
+            end: pages.end * PAGE_SIZE,
+            perms: perms.into(),
+            offset: 0,
+            dev: 0,
+            ino: 0,
+            path: path.into(),
+        }
+    }
+
+    /// Returns the zero memory as pages of the address space, each with its first page of the file.
+    fn found(maps: &[TemplateMapping], lines: &[MapLine], zeros: &[Range<u64>]) -> Vec<(Range<u64>, u64)> {
+        let bytes = |pages: &Range<u64>| pages.start * PAGE_SIZE..pages.end * PAGE_SIZE;
+        let zeros = Rc::new(zeros.iter().map(bytes).collect::<Vec<_>>());
+        let found = parts(maps, lines, |_| Ok(Rc::clone(&zeros))).unwrap();
+        assert!(found.iter().all(|map| map.anonymous && map.ino == 2));
+        let pages = |map: TemplateMapping| {
+            (map.start / PAGE_SIZE..map.range().end / PAGE_SIZE, map.offset.get() / PAGE_SIZE)
+        };
+        found.into_iter().map(pages).collect()
+    }
+
+    #[test]
+    fn anonymous_memory_over_zero_pages_belongs_to_the_mapping() {
+        let maps = [map(110, 10..20), map(140, 40..50), map(160, 60..100)];
+        let anonymous = |pages| line(pages, "rw-p", "");
+        let lines = [anonymous(120..140), anonymous(150..160), anonymous(200..300)];
+        assert_eq!(found(&maps, &lines, &[0..100]), [(120..140, 20), (150..160, 50)]);
+        // A page of data that anonymous memory covers was replaced.
+        assert_eq!(found(&maps, &lines, &[0..25, 30..55]), [(120..125, 20), (130..140, 30), (150..155, 50)]);
+        assert_eq!(found(&maps, &lines, &[]), []);
+        // Pages without memory, and memory that a VMM uses for no balloon.
+        let others = [
+            line(122..124, "---p", ""),
+            line(124..126, "r--p", ""),
+            line(126..128, "rw-s", ""),
+            line(128..130, "rw-p", "[anon: heap]"),
+            MapLine { ino: 5, ..line(130..132, "rw-p", "/other") },
+            anonymous(132..134),
+        ];
+        assert_eq!(found(&maps, &others, &[0..100]), [(132..134, 32)]);
+    }
+
+    #[test]
+    fn memory_between_other_mappings_does_not_belong_to_a_template() {
+        let lines = [line(0..1000, "rw-p", "")];
+        for maps in [
+            vec![map(110, 10..20)],
+            // Another distance between address and offset.
+            vec![map(110, 10..20), map(141, 40..50)],
+            vec![map(110, 10..20), TemplateMapping { ino: 3, ..map(140, 40..50) }],
+            vec![map(110, 10..20), map(120, 20..30)],
+            vec![],
+        ] {
+            assert_eq!(found(&maps, &lines, &[0..100]), [], "{maps:?}");
+        }
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use super::note::Note;
 use super::options::Options;
 use super::plan::{FileFacts, Layout, Plan, Source, map_failed};
 use super::row::Role;
+use super::zeros::zero_runs_of;
 
 #[cfg(feature = "rust-vmm")]
 mod guest_region;
@@ -65,7 +67,9 @@ impl Drop for Inner {
 }
 
 impl Backend {
-    /// Maps a whole file copy-on-write: opens it read-only, and reserves no memory for the copies.
+    /// Maps a whole file copy-on-write: opens it read-only, and reserves no memory for the copies. Long runs of zeros of a
+    /// file on a Stencil mount are anonymous memory in the same address range: `anonymous-zeros=off` of
+    /// [`Backend::from_text`] maps the file alone.
     ///
     /// # Errors
     /// Returns [`Code::NotFound`](crate::error::Code::NotFound) if the file does not exist, and an error if the file
@@ -95,7 +99,17 @@ impl Backend {
     /// # Errors
     /// Returns an error with QEMU's text for everything that QEMU rejects, and Stencil's own errors.
     pub fn create(plan: &Plan) -> Result<Backend> {
-        Backend::make(plan.clone(), false)
+        Backend::make(plan.clone(), false, None)
+    }
+
+    /// Same as [`Backend::create`], for a caller that knows the zero runs of the template's file.
+    ///
+    /// # Errors
+    /// Same as [`Backend::create`].
+    #[cfg(feature = "internals")]
+    #[doc(hidden)]
+    pub fn create_with_zeros(plan: &Plan, runs: &[Range<u64>]) -> Result<Backend> {
+        Backend::make(plan.clone(), false, Some(runs))
     }
 
     /// Executes a plan to inspect the result. When the last handle is dropped, the file is in its previous state,
@@ -104,10 +118,10 @@ impl Backend {
     /// # Errors
     /// Same as [`Backend::create`].
     pub fn trial(plan: &Plan) -> Result<Backend> {
-        Backend::make(plan.for_trial(), true)
+        Backend::make(plan.for_trial(), true, None)
     }
 
-    fn make(mut plan: Plan, trial: bool) -> Result<Backend> {
+    fn make(mut plan: Plan, trial: bool, zeros: Option<&[Range<u64>]>) -> Result<Backend> {
         let (opened, offset) = match &plan.source {
             Source::File { path, open, offset } => (Some(file::open(&plan, path, *open)?), *offset),
             Source::Anonymous | Source::Memfd => (None, FileOffset::new(0)),
@@ -134,7 +148,7 @@ impl Backend {
             (None, Source::Memfd) => (Some(new_memfd(&plan.region, layout.length)?), Undo::default()),
             (None, _) => (None, Undo::default()),
         };
-        let mapping = map(&plan, &layout, file.as_ref(), offset)?;
+        let mut mapping = map(&plan, &layout, file.as_ref(), offset)?;
         // QEMU's order: a mapping error takes precedence over all other errors.
         if let Some(error) = not_extended.or(refused) {
             return Err(error);
@@ -143,7 +157,22 @@ impl Backend {
         if let (true, false, Source::File { path, .. }) = (plan.sync, mapping.is_sync(), &plan.source) {
             notes.push(Note::no_sync(path));
         }
+        let runs = match (plan.anonymous_zeros, zeros, &file) {
+            (false, ..) | (true, None, None) => Vec::new(),
+            (true, Some(runs), _) => runs.to_vec(),
+            // Only a file on a Stencil mount never changes: an unused page of a mapping shows a later write to its file.
+            (true, None, Some(file)) if fuse && file::is_on_stencil_mount(file) => {
+                // Without an answer, all pages are those of the file.
+                zero_runs_of(file, offset, layout.length.get()).unwrap_or_default()
+            }
+            (true, None, Some(_)) => Vec::new(),
+        };
+        runs.iter().try_for_each(|run| mapping.map_zeros(run.clone(), plan.reserve)).map_err(map_failed)?;
         advise(&plan, &mapping, fuse, &mut notes)?;
+        for run in runs {
+            // A write would otherwise allocate 2 MiB, all of which counts as copied. Fails on a kernel without huge pages.
+            let _ = mapping.advise(run, Advice::NoHugePage);
+        }
         fill(&plan, &mapping)?;
         if !trial {
             undo.disarm();

@@ -10,6 +10,7 @@ use rustix::fs::{FsWord, fstatfs};
 
 use crate::error::{Code, Error, Result, errno_text};
 use crate::sys::memory::mapping::Sharing;
+use crate::sys::process::procfs::{self, FS_TYPE};
 use crate::units::PAGE_SIZE;
 
 use super::plan::{FileFacts, Plan};
@@ -139,6 +140,13 @@ fn create_unnamed(directory: &Path, region: &str) -> io::Result<File> {
     let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
     std::fs::remove_file(&path)?;
     Ok(file)
+}
+
+/// Returns true if the file is on a Stencil mount, whose files never change.
+pub fn is_on_stencil_mount(file: &File) -> bool {
+    let Ok(metadata) = file.metadata() else { return false };
+    let mounts = procfs::mounts().unwrap_or_default();
+    mounts.iter().any(|mount| mount.dev == metadata.dev() && mount.fs_type == FS_TYPE)
 }
 
 fn describe(file: File, created: Option<PathBuf>) -> io::Result<Opened> {

@@ -21,6 +21,7 @@ mod option_notes;
 mod options;
 mod plan;
 mod row;
+mod zeros;
 
 #[cfg(feature = "rust-vmm")]
 pub use crate::sys::memory::guest_region::CopiedPages;
@@ -37,3 +38,6 @@ pub use observed::{Observed, observe, parse_smaps};
 pub use options::{FileOptions, NumaPolicy, ObjectType, OnOffAuto, Options};
 pub use plan::{FileFacts, Layout, Numa, Plan, Source};
 pub use row::{OpenMode, Role, Row, row};
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub use zeros::zero_runs;

@@ -119,6 +119,8 @@ pub struct Options {
     pub file: Option<FileOptions>,
     /// `prefault` (Stencil only): fill the page tables without copying.
     pub prefault: bool,
+    /// `anonymous-zeros` (Stencil only): map long runs of zeros of a template as anonymous memory.
+    pub anonymous_zeros: bool,
     /// Notes about the text itself.
     pub notes: Vec<Note>,
 }
@@ -200,6 +202,7 @@ impl Options {
             ObjectType::Ram => None,
         };
         let prefault = input.switch("prefault")?.unwrap_or(false);
+        let anonymous_zeros = input.switch("anonymous-zeros")?.unwrap_or(true);
         input.end()?;
         check_id(&id)?;
         Ok(Options {
@@ -218,6 +221,7 @@ impl Options {
             canonical_name,
             file,
             prefault,
+            anonymous_zeros,
             notes,
         })
     }
@@ -251,14 +255,15 @@ mod tests {
     fn option_string_and_json_are_equivalent() {
         let words = "memory-backend-file,id=m,size=4M,mem-path=/a,,b,share=on,dump=off,merge=off,readonly=on,rom=off,\
             host-nodes=0,host-nodes=3-5,policy=interleave,prealloc=on,prealloc-threads=3,reserve=off,align=2M,\
-            offset=4k,discard-data=on,pmem=on,prefault=on,x-use-canonical-path-for-ramblock-id=on";
+            offset=4k,discard-data=on,pmem=on,prefault=on,anonymous-zeros=off,x-use-canonical-path-for-ramblock-id=on";
         let json = r#"{"qom-type":"memory-backend-file","id":"m","size":4194304,"mem-path":"/a,b","share":true,
             "dump":false,"merge":false,"readonly":true,"rom":"off","host-nodes":[0,3,4,5],"policy":"interleave",
             "prealloc":true,"prealloc-threads":3,"reserve":false,"align":2097152,"offset":4096,"discard-data":true,
-            "pmem":true,"prefault":true,"x-use-canonical-path-for-ramblock-id":true}"#;
+            "pmem":true,"prefault":true,"anonymous-zeros":false,"x-use-canonical-path-for-ramblock-id":true}"#;
         let (words, json) = (Options::parse(words).unwrap(), Options::parse(json).unwrap());
         assert_eq!(words, json);
         assert_eq!(words.host_nodes, [0, 3, 4, 5]);
+        assert!(!words.anonymous_zeros);
         assert_eq!(words.file.as_ref().unwrap().mem_path.to_str(), Some("/a,b"));
         assert_eq!(words.file.as_ref().unwrap().rom, OnOffAuto::Off);
     }
@@ -266,7 +271,7 @@ mod tests {
     #[test]
     fn defaults_are_those_of_qemu() {
         let options = Options::parse("memory-backend-file,id=m,size=4M,mem-path=/f").unwrap();
-        assert!(options.dump && options.merge && options.reserve);
+        assert!(options.dump && options.merge && options.reserve && options.anonymous_zeros);
         assert!(!options.share && !options.prealloc && !options.prefault && !options.canonical_name);
         assert_eq!((options.policy, options.prealloc_threads), (NumaPolicy::Default, None));
         let file = options.file.unwrap();

@@ -99,6 +99,8 @@ pub struct Plan {
     pub prealloc: Option<u32>,
     /// Populate every page for reading (Stencil only).
     pub prefault: bool,
+    /// Map zero runs of a template's file on a Stencil mount as anonymous memory (Stencil only).
+    pub anonymous_zeros: bool,
     /// `MADV_REMOVE` when the backend is dropped.
     pub discard: bool,
     /// Notes for the user.
@@ -183,6 +185,7 @@ impl Options {
                 .prealloc
                 .then(|| self.prealloc_threads.unwrap_or(MAX_PREALLOC_THREADS).min(MAX_PREALLOC_THREADS)),
             prefault: self.prefault,
+            anonymous_zeros: self.anonymous_zeros && row.role == Role::Template,
             discard: file.is_some_and(|f| f.discard_data),
             notes,
         })
@@ -194,6 +197,8 @@ impl Plan {
     pub(super) fn for_trial(&self) -> Plan {
         let mut plan = self.clone();
         plan.discard = false;
+        // A trial maps what QEMU would map.
+        plan.anonymous_zeros = false;
         if plan.prealloc.is_some() && plan.has_file() && plan.sharing == Sharing::Shared {
             plan.leave_untouched();
         }

@@ -1,5 +1,7 @@
 //! Memory backends through their public API: handles, dirty pages, ROM, damaged and unsuitable files.
 
+mod zero_runs;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Write;

@@ -113,7 +113,7 @@ impl Machine {
 
 /// Returns `count` different pages of guest memory without those in `except` and without the page with the code: as
 /// segments, and as page numbers of the backend.
-fn scattered(count: usize, seed: u64, except: &[u64]) -> (Vec<u16>, Vec<u64>) {
+pub fn scattered(count: usize, seed: u64, except: &[u64]) -> (Vec<u16>, Vec<u64>) {
     let mut state = seed;
     let mut segments = Vec::new();
     let mut pages = Vec::new();

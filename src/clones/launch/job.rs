@@ -37,6 +37,8 @@ pub struct OrderFile {
     pub size: u64,
     /// True for a read-only mapping.
     pub rom: bool,
+    /// Zero runs to map as anonymous memory, in bytes.
+    pub zeros: Vec<Range<u64>>,
 }
 
 /// The parsed job, as the workers use it.
@@ -63,6 +65,8 @@ pub struct Mapped {
     pub rom: bool,
     /// Plan of the memory backend.
     pub plan: Plan,
+    /// Zero runs to map as anonymous memory, in bytes.
+    pub zeros: Vec<Range<u64>>,
 }
 
 impl Order {
@@ -94,7 +98,8 @@ impl Job {
                 "memory-backend-file,id=ram,size={},mem-path={path},share=off,readonly=on,rom={rom}",
                 file.size
             );
-            Ok(Mapped { name: file.name, rom: file.rom, plan: Options::parse(&text)?.plan()? })
+            let plan = Options::parse(&text)?.plan()?;
+            Ok(Mapped { name: file.name, rom: file.rom, plan, zeros: file.zeros })
         });
         Ok(Job {
             simulate: order.simulate.parse()?,

@@ -16,7 +16,8 @@ use crate::clones::helper_process::this_program;
 use crate::clones::launch::zygote;
 use crate::clones::registry::{self, Entry};
 use crate::error::{Error, Result};
-use crate::store::{FileKind, TemplateFile};
+use crate::memory::zero_runs;
+use crate::store::{BLOCK_SIZE, FileKind, Store, TemplateFile};
 use crate::sys::poll::poll_for;
 use crate::sys::process::{ProcessId, own_session};
 use crate::units::{Bytes, PAGE_SIZE};
@@ -229,13 +230,16 @@ fn order(files: &[TemplateFile], active: &ActiveLaunch<'_>, simulate: &Simulate)
             .ok_or_else(|| Error::usage(format!("template {} has no memory file", target.name)))?,
     };
     let touched = simulate.touched(touch.size)?;
-    let file = |f: &&TemplateFile| OrderFile {
-        name: f.name.clone(),
-        path: target.dir.join(&f.name),
-        size: f.size.get(),
-        rom: f.kind == FileKind::Rom,
+    let template = Store::open(&target.store.path)?.template(&target.digest)?;
+    let file = |f: &&TemplateFile| {
+        let rom = f.kind == FileKind::Rom;
+        let data = template.find_file(&f.name).and_then(|file| template.data_ranges(file))?;
+        let data: Vec<_> =
+            data.into_iter().map(|part| part.start * BLOCK_SIZE..part.end * BLOCK_SIZE).collect();
+        let zeros = if rom { Vec::new() } else { zero_runs(&data, f.size.get().next_multiple_of(PAGE_SIZE)) };
+        Ok(OrderFile { name: f.name.clone(), path: target.dir.join(&f.name), size: f.size.get(), rom, zeros })
     };
-    let files = memory.iter().map(file).collect();
+    let files = memory.iter().map(file).collect::<Result<_>>()?;
     let last = touch.size.get().div_ceil(PAGE_SIZE);
     let written = active.order.prefault.get(&touch.name);
     let in_file = written.into_iter().flatten().map(|pages| pages.start.min(last)..pages.end.min(last));

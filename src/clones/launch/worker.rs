@@ -48,7 +48,7 @@ fn live(job: &Job, index: u32, pipes: &Pipes) -> Result<Vec<Backend>> {
     leave_standard_streams()?;
     let mut backends = Vec::with_capacity(job.files.len());
     for file in &job.files {
-        backends.push(Backend::create(&file.plan)?);
+        backends.push(Backend::create_with_zeros(&file.plan, &file.zeros)?);
     }
     let place = job.files.iter().position(|f| f.name == job.touch);
     if let Some((file, backend)) = place.and_then(|at| job.files.get(at).zip(backends.get(at))) {

@@ -72,6 +72,7 @@ mod tests {
 
     use super::*;
     use crate::error::Code;
+    use crate::memory::options::Options;
     use crate::units::PAGE_SIZE;
 
     const SIZE: u64 = 2 << 20;
@@ -130,6 +131,39 @@ mod tests {
         );
         assert!(!region.bitmap().dirty_at((SIZE / 2 + 9 * PAGE_SIZE) as usize));
         assert!(fs::read(file.path()).unwrap().iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn bitmaps_contain_exactly_the_copied_pages_of_zero_runs() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4 * SIZE).unwrap();
+        let text = format!(
+            "memory-backend-file,id=m,size=8M,mem-path={},readonly=on,rom=off",
+            file.path().display()
+        );
+        let plan = Options::parse(&text).unwrap().plan().unwrap();
+        let run = SIZE..3 * SIZE;
+        let memory = Backend::make(plan, false, Some(std::slice::from_ref(&run))).unwrap();
+        // The regions meet in the middle of the run.
+        let regions = vec![
+            memory.guest_region(GuestAddress(0), 0..2 * SIZE).unwrap(),
+            memory.guest_region(GuestAddress(HIGH), 2 * SIZE..4 * SIZE).unwrap(),
+        ];
+        let ram = GuestMemoryMmap::<CopiedPages>::from_regions(regions).unwrap();
+        let mut bytes = vec![1; 2 * SIZE as usize];
+        ram.read_slice(&mut bytes, GuestAddress(HIGH)).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0));
+        ram.write_obj(1u64, GuestAddress(2 * SIZE - 8)).unwrap();
+        ram.write_obj(1u64, GuestAddress(HIGH + 5 * PAGE_SIZE)).unwrap();
+        ram.write_obj(1u64, GuestAddress(0)).unwrap();
+        let dirty: Vec<_> = memory.dirty().unwrap().iter().flat_map(|range| range.pages()).collect();
+        assert_eq!(dirty, [0, 2 * SIZE / PAGE_SIZE - 1, 2 * SIZE / PAGE_SIZE + 5]);
+        let regions: Vec<_> = ram.iter().collect();
+        let is_dirty =
+            |region: usize, page: u64| regions[region].bitmap().dirty_at((page * PAGE_SIZE) as usize);
+        let last = 2 * SIZE / PAGE_SIZE - 1;
+        assert_eq!([0, 1, last - 1, last].map(|page| is_dirty(0, page)), [true, false, false, true]);
+        assert_eq!([0, 4, 5, 6].map(|page| is_dirty(1, page)), [false, false, true, false]);
     }
 
     #[test]

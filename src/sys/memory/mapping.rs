@@ -193,6 +193,31 @@ impl Mapping {
         map(without_sync).map(|()| false)
     }
 
+    /// Maps private anonymous memory over a part of a private writable mapping, given as byte offsets. The part is then
+    /// zero. `reserve` as in the request.
+    ///
+    /// # Errors
+    /// Returns `InvalidInput` for a part that is not page-aligned or outside of the mapping, or if the mapping is
+    /// shared or read-only. Returns an error if mmap(2) fails; nothing may be mapped at the part then.
+    pub fn map_zeros(&mut self, part: Range<u64>, reserve: bool) -> io::Result<()> {
+        let is_aligned = part.start.is_multiple_of(PAGE_SIZE) && part.end.is_multiple_of(PAGE_SIZE);
+        let length = part.end.checked_sub(part.start).filter(|length| is_aligned && *length > 0);
+        let length = length.ok_or_else(|| invalid("part is empty or not page-aligned"))?;
+        if (self.protection, self.sharing) != (Protection::ReadWrite, Sharing::Private) {
+            return Err(invalid("mapping is shared or read-only"));
+        }
+        let at = self.inside(MemoryOffset::new(part.start), to_usize(length))?;
+        let mut flags = MapFlags::FIXED | MapFlags::PRIVATE;
+        if !reserve {
+            flags |= MapFlags::NORESERVE;
+        }
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: MAP_FIXED replaces only pages of this mapping, which the caller borrows mutably; no reference into it
+        // exists.
+        unsafe { mm::mmap_anonymous(at as *mut _, to_usize(length), protection, flags)? };
+        Ok(())
+    }
+
     /// Returns a pointer to the first byte, valid while this value lives. Dereferencing it is unsafe.
     pub fn as_ptr(&self) -> *mut u8 {
         self.address as *mut u8

@@ -5,6 +5,8 @@
 pub enum Advice {
     /// `MADV_HUGEPAGE`
     HugePage,
+    /// `MADV_NOHUGEPAGE`
+    NoHugePage,
     /// `MADV_DONTFORK`: the range is not mapped in forked children.
     DontFork,
     /// `MADV_MERGEABLE`: KSM may merge copied pages.
@@ -27,6 +29,7 @@ impl Advice {
     pub(super) fn number(self) -> libc::c_int {
         match self {
             Advice::HugePage => libc::MADV_HUGEPAGE,
+            Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
             Advice::DontFork => libc::MADV_DONTFORK,
             Advice::Mergeable => libc::MADV_MERGEABLE,
             Advice::DontDump => libc::MADV_DONTDUMP,

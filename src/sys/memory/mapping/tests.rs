@@ -88,3 +88,42 @@ fn inaccessible_page_is_an_error_instead_of_a_signal() {
     let error = map.write(MemoryOffset::new(0), &[1]).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "read-only memory");
 }
+
+#[test]
+fn zeros_replace_a_part_and_are_copied_page_by_page() {
+    const HUGE: u64 = 2 << 20;
+    let file = tempfile::tempfile().unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![7; 4 * HUGE as usize], 0).unwrap();
+    let request = |protection, sharing| Request {
+        length: Bytes::new(4 * HUGE),
+        align: Bytes::new(HUGE),
+        file: Some((file.as_fd(), FileOffset::new(0))),
+        protection,
+        sharing,
+        reserve: false,
+        sync: false,
+    };
+    let mut map = Mapping::new(&request(Protection::ReadWrite, Sharing::Private)).unwrap();
+    for invalid in [0..0, 1..HUGE, 0..HUGE + 1, 3 * HUGE..5 * HUGE] {
+        let kind = map.map_zeros(invalid.clone(), false).unwrap_err().kind();
+        assert_eq!(kind, io::ErrorKind::InvalidInput, "{invalid:?}");
+    }
+    map.map_zeros(HUGE..3 * HUGE, false).unwrap();
+    map.advise_all(Advice::DontFork).unwrap();
+    let mut bytes = vec![1; 4 * HUGE as usize];
+    map.read(MemoryOffset::new(0), &mut bytes).unwrap();
+    let is_zero = |at: usize| (HUGE as usize..3 * HUGE as usize).contains(&at);
+    assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == if is_zero(at) { 0 } else { 7 }));
+    map.store(MemoryOffset::new(HUGE + 5 * PAGE_SIZE), 3).unwrap();
+    map.store(MemoryOffset::new(9 * PAGE_SIZE), 3).unwrap();
+    let dirty = crate::sys::memory::pagemap::Pagemap::this_process().unwrap().dirty(map.range()).unwrap();
+    let start = map.range().start;
+    let dirty: Vec<_> = dirty.iter().map(|found| (found.range.start - start) / PAGE_SIZE).collect();
+    assert_eq!(dirty, [9, 512 + 5]);
+    for (protection, sharing) in
+        [(Protection::Read, Sharing::Private), (Protection::ReadWrite, Sharing::Shared)]
+    {
+        let mut map = Mapping::new(&request(protection, sharing)).unwrap();
+        assert!(map.map_zeros(0..HUGE, false).is_err());
+    }
+}

@@ -148,7 +148,7 @@ pub struct MemoryAudit {
 /// Returns an error without `CAP_SYS_ADMIN`, or if a process or a file cannot be inspected.
 pub fn audit(mounts: &[Mount], survey: &Survey) -> Result<Audit> {
     let totals = &survey.density.totals;
-    // Read before the frames are counted, which takes memory.
+    // The baseline is read first: counting the frames allocates memory.
     let now = Baseline::now()?;
     let memory = survey.baseline.map(|before| MemoryAudit::new(before, now, totals));
     let frames = frame_audit(mounts, survey)?;

@@ -9,8 +9,8 @@ use super::read::tree::SEGMENT;
 
 const HASH: usize = 32;
 
-/// Returns the bytes as they are, and with a valid checksum in their last 32 bytes: no change of a field alone would be
-/// decoded.
+/// Returns two inputs: the bytes unchanged, and the bytes with a valid checksum in their last 32 bytes. Without the
+/// second input, each change of a field would fail at the checksum and never reach the decoder.
 fn sealed(data: &[u8]) -> [Vec<u8>; 2] {
     let mut valid = data.to_vec();
     if let Some((body, hash)) = valid.split_last_chunk_mut::<HASH>() {

@@ -188,7 +188,8 @@ fn a_recording_of_a_living_clone_has_first_pages_first() {
     let own = std::process::id().to_string();
     let record = world.mount.command().args(["working-set", "record", &own, "--for", "3600"]).spawn();
     let mut record = Recorder(record.unwrap());
-    // Touched later than the first look, which the file descriptor of the page map shows.
+    // The page must be touched after the first scan. The recorder opens /proc/PID/pagemap for that scan, and a later
+    // system call belongs to the next one.
     wait_for("the recording to begin", || {
         let fds = std::fs::read_dir(format!("/proc/{}/fd", record.0.id())).ok()?;
         let links = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());

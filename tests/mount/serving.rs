@@ -225,7 +225,10 @@ fn a_template_larger_than_the_cache_is_served_by_decode() {
     assert!(fs::read(world.file(&digest, "memory")).unwrap() == bytes);
     let status = template(&world, &digest);
     assert_eq!(status["serving"], "decode");
-    assert!(status["why"].as_str().unwrap().contains("the cache may hold 8.00 MiB"), "{status}");
+    assert!(
+        status["why"].as_str().unwrap().contains("the maximum size of all backings is 8.00 MiB"),
+        "{status}"
+    );
 
     let strict = TestMount::with(&["--serve", "passthrough", "--cache-size", "8M"]);
     let digest = strict.import_bytes(&bytes, "web:1");

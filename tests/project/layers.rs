@@ -313,7 +313,8 @@ fn the_supervisors_loop_stays_small_and_its_machine_pure() {
     }
 }
 
-/// Functions of a source text with what follows them up to the next one, and whether they are tests.
+/// Returns the name of each function of a source text, the text from there to the next function, and whether the
+/// function is a test.
 fn functions(text: &str) -> Vec<(&str, &str, bool)> {
     let starts: Vec<usize> = text
         .match_indices("fn ")

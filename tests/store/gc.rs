@@ -181,7 +181,8 @@ fn a_killed_gc_loses_no_data() {
     let mut longest = Duration::from_millis(20);
     let rounds: u32 = host::rounds(12, 80);
     let mut killed = 0;
-    // More rounds if too few kills came in time because the host was busy in the first round only.
+    // The first round measures the duration of gc. If the host is busy in that round, later kills come after the end of
+    // gc: further rounds then run until enough kills have come in time.
     for round in 0..rounds * 4 {
         if round >= rounds && killed * 4 > rounds {
             break;

@@ -37,17 +37,17 @@ pub struct Watcher {
     pub fuse: OwnedFd,
     /// The ledger, which holds the list.
     pub ledger: OwnedFd,
-    /// The counters page, which holds the bell.
+    /// The counters page, which holds the ring.
     pub stats: Stats,
     /// The link to the supervisor.
     pub link: Arc<Link>,
 }
 
 impl Watcher {
-    /// Starts a thread that applies the list after each ring of the bell. `rings` is the count of rings before this
-    /// server read its first list.
+    /// Starts a thread that applies the list after each increment of the ring. `rings` is the ring before this server
+    /// read its first list.
     pub fn start(self, rings: u32) {
-        // A supervisor that has never rung may be of a version that cannot parse the report.
+        // A supervisor whose ring is 0 may be of a version that cannot parse the report.
         let first = (rings != 0).then_some(rings);
         thread::spawn(move || {
             let mut applied = rings;

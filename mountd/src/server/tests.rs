@@ -125,7 +125,7 @@ fn a_server_answers_the_kernels_requests() {
         let memory = kernel.lookup(&format!("by-id/{digest}/memory")).unwrap();
         assert_eq!(memory, world.memory_ino(), "each server of a store computes the same numbers");
         let attributes = kernel.ask(GETATTR, memory, &[0; 16]).unwrap();
-        // Size, permissions and block size of struct fuse_attr, which begins at 16.
+        // Size, permissions and block size of struct fuse_attr, which begins at byte 16 of the reply.
         assert_eq!(long(&attributes, 24), world.memory.len() as u64);
         assert_eq!(word(&attributes, 76), libc::S_IFREG | 0o440);
         assert_eq!(word(&attributes, 96), 4096);

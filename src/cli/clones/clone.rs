@@ -109,7 +109,7 @@ pub struct CloneArgs {
     ///   {memory} {state} {file:NAME}  path of a file of the template
     ///   {id} {index} {dir}            id of the clone, number within the launch, directory
     ///   {mac} {mac:N} {cid} {uuid}    MAC addresses, vsock address, random UUID
-    ///   {port:N} {disk:NAME}          free port, disk overlay: created only if the command names them
+    ///   {port:N} {disk:NAME}          port of the host, disk overlay: reserved or created only if named here
     #[arg(last = true, value_name = "CMD", verbatim_doc_comment)]
     command: Vec<String>,
 }

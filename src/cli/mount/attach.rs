@@ -40,7 +40,7 @@ pub struct MountArgs {
     /// Directory for backings, or for the metadata of kernel decode [default: the store's directory]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
-    /// Maximum size of all passthrough backings [default: half of the free space]
+    /// Maximum size of all passthrough backings [default: half of the free space, or a quarter of the RAM]
     #[arg(long, value_name = "SIZE", value_parser = value_parsers::size)]
     cache_size: Option<Bytes>,
     /// Seconds that the first open of a file waits for its backing [default: 30]

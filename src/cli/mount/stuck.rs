@@ -79,8 +79,8 @@ impl Stuck {
     /// Returns the remedy for the finding.
     pub fn remedy(&self) -> String {
         format!(
-            "abort it with 'stencil doctor --fix-stuck {}': all requests on the connection fail, and clones by decode are \
-             killed at the next access to a page that is not in RAM",
+            "abort it with 'stencil doctor --fix-stuck {}': all requests on the connection fail, and clones of files \
+             that are served by decode are killed at the next access to a page that is not in RAM",
             self.connection
         )
     }

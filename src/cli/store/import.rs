@@ -188,11 +188,9 @@ impl ImportArgs {
     fn folder(&self, name: &str, tag: &TagName) -> Result<Job> {
         match Folder::open_below(&self.source, name)? {
             Folder::Snapshot(snapshot) => self.snapshot(tag, snapshot),
-            Folder::Folders(_) => {
-                Err(Error::usage("cannot import directories below a directory of directories")
-                    .at(self.source.join(name))
-                    .hint("import this directory on its own"))
-            }
+            Folder::Folders(_) => Err(Error::usage("expected a snapshot, found a directory of directories")
+                .at(self.source.join(name))
+                .hint("import this directory on its own")),
         }
     }
 

@@ -110,7 +110,7 @@ fn findings(state: &str, config: &Value, resumes: bool) -> Vec<Finding> {
     }
     if config["vsock"].is_object() {
         let what = "Firecracker resets the vsock connections of the guest at each snapshot";
-        add("device", false, what.to_owned(), "connect the programs that use vsock again");
+        add("device", false, what.to_owned(), "reconnect the programs that use vsock");
     }
     for drive in ["drives", "pmem"].into_iter().filter_map(|key| config[key].as_array()).flatten() {
         let text = |keys: &[&str]| keys.iter().find_map(|key| drive[*key].as_str()).unwrap_or("?").to_owned();

@@ -285,7 +285,7 @@ pub fn sweep() -> Result<()> {
         }
         match abort(launch) {
             Ok(gone) => log::info!(
-                "launch {launch} lost its launcher; removed {}",
+                "the launcher of launch {launch} died; removed {}",
                 counted(gone.len() as u64, "clone", "clones")
             ),
             Err(error) => {

@@ -31,8 +31,8 @@ const THREADS: usize = 4;
 pub struct Warmed {
     /// Pages of the set.
     pub pages: PageCount,
-    /// Pages of the set that were in the page cache before; 0 for users other than root, to whom the kernel does not show
-    /// the cache.
+    /// Pages of the set that were in the page cache before the reads. 0 if the caller is not root: mincore(2) reports
+    /// all pages as resident to users who neither own nor may write the file, so the query is skipped.
     pub cached_pages: PageCount,
     /// Pages that were read.
     pub read_pages: PageCount,

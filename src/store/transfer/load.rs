@@ -187,8 +187,9 @@ impl Store {
         let limit = received.iter().fold(0, |sum: u64, r| sum.saturating_add(r.header.block_count()));
         if front.blocks > limit {
             let announced = front.blocks;
-            return Err(source
-                .damaged(format!("number of blocks in the front is {announced}, expected at most {limit}")));
+            return Err(
+                source.damaged(format!("the stream announces {announced} blocks, expected at most {limit}"))
+            );
         }
         let mut hashes = HashSet::new();
         let mut packs = PackWriter::new(session.path(), index);

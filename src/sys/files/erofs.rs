@@ -17,8 +17,8 @@ use crate::sys::files::read_ahead::Numbered;
 use crate::units::Bytes;
 
 /// Mounts the image in `metadata` with its extra devices, in the order of its device table, and opens the file `name`
-/// in its root directory. The kernel caches pages of the file only, and reads `read_ahead` bytes at once; without that
-/// value, or if the mount cannot be found in sysfs, as many as it likes.
+/// in its root directory. The page cache holds pages of this file, but none of the devices. The kernel's read-ahead for
+/// the file is `read_ahead`, or the kernel's default if that is `None` or the mount cannot be found in sysfs.
 ///
 /// # Errors
 /// Returns an error with the kernel's explanation if the kernel cannot mount the image: `ENODEV` without EROFS,

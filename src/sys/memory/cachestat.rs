@@ -41,7 +41,7 @@ pub fn cached(file: impl AsFd) -> Result<PageCount> {
 ///
 /// # Errors
 /// Returns an error with `ENOSYS` before Linux 6.5, `EOPNOTSUPP` on hugetlbfs, and `EPERM` for a file that the caller
-/// neither owns nor may write (since Linux 6.13).
+/// neither owns nor may write (since Linux 6.14, and in 6.13.1 and 6.12.12).
 pub fn cached_in(file: impl AsFd, offset: FileOffset, length: Bytes) -> Result<PageCount> {
     let range = Range { offset: offset.get(), length: length.get() };
     let mut statistics = Statistics::default();

@@ -110,7 +110,7 @@ impl Drop for SharedWords {
     }
 }
 
-/// A page of 64-bit counters that several processes share, with a futex word (the bell) to wake waiting processes.
+/// A page of 64-bit counters that several processes share, with a futex word (the ring) to wake waiting processes.
 #[derive(Debug)]
 pub struct SharedCounters(SharedWords);
 

@@ -183,7 +183,8 @@ fn identity_of(pidfd: &OwnedFd) -> Result<u64> {
     Ok(boot + rustix::fs::fstat(pidfd).map_err(failed)?.st_ino)
 }
 
-/// Returns a random number of this boot, below 2^52.
+/// Returns a number below 2^52 that is derived from the kernel's boot id: the same for all processes until the next
+/// boot.
 fn boot_number(pidfd: &OwnedFd) -> Result<u64> {
     static NUMBER: OnceLock<u64> = OnceLock::new();
     if let Some(number) = NUMBER.get() {

@@ -1,5 +1,5 @@
-//! A mount that is detached under its clones, clones that are killed in a read, and a mount whose daemons are both
-//! killed.
+//! A mount that is detached while clones map its files, clones that are killed during a read, and a mount whose
+//! supervisor and server are both killed.
 
 use std::fs;
 use std::path::Path;

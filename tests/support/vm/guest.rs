@@ -282,7 +282,7 @@ pub fn give_to(store: &Path) {
     assert!(copied.success());
 }
 
-/// Returns the directory of what `make setup` has downloaded for guests.
+/// Returns the directory of the files that `make setup` downloads for guests.
 pub fn cache() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("guest")
 }

@@ -114,14 +114,15 @@ impl Backings {
     }
 
     fn verify_again(&self, tree: &Tree, key: &FileKey) -> Result<()> {
-        let gone = || Error::try_again("the template is being removed, or the store is away");
+        let gone = || Error::try_again("the template is being removed, or the store cannot be reached");
         let template = tree.template(&key.digest).map_err(|_| gone())?;
         let file = template.file(&key.file).ok_or_else(gone)?;
         let backing = match self.states().get(key) {
             Some(State::Ready(ready)) => ready.file.try_clone(),
             _ => return Err(gone()),
         };
-        let backing = backing.map_err(|e| Error::failed("out of file descriptors").because(e))?;
+        let backing = backing
+            .map_err(|e| Error::failed("cannot duplicate the descriptor of the backing").because(e))?;
         let mut buffer = vec![0; to_usize(PIECE)];
         for piece in pieces(&template, file)? {
             if self.hydrator.condemned().holds(&key.digest) {

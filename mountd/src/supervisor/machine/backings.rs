@@ -196,7 +196,8 @@ impl Backings {
             };
         }
         if data > chosen.most {
-            let error = format!("the backing needs {data}, the cache may hold {}", chosen.most);
+            let error =
+                format!("the backing needs {data}, but the maximum size of all backings is {}", chosen.most);
             return Err(Error::try_again(error).hint("mount with a larger --cache-size"));
         }
         let others: u64 = self.0.iter().filter(|b| b.row.key != *key).map(|b| b.row.reserved).sum();

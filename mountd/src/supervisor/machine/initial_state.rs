@@ -45,8 +45,8 @@ pub struct InitialState {
     pub leaving: Vec<ProcessId>,
     /// The condemned templates.
     pub removal: Removal,
-    /// True if a server of the mount has served the kernel: then the supervisor always starts another server, and never
-    /// ends the mount because servers fail.
+    /// True if a server of the mount has served the kernel. The supervisor then starts another server after each
+    /// failure, however many servers fail, and keeps the mount.
     pub has_served: bool,
     /// Number of servers that were started to replace other servers.
     pub restarts: u64,

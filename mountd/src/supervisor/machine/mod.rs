@@ -10,8 +10,8 @@
 //! 3. The caller of a removal gets the response that its templates are condemned only when no server can open them any
 //!    more.
 //! 4. Each request of a server gets at most one reply, and each request of a caller at most one response.
-//! 5. Each server that dies causes one resend, after its exit. A dismissed candidate causes another one when it is
-//!    killed. The resend that each successor itself requests at its start is not counted.
+//! 5. The supervisor requests one resend for each server that exits, after the exit, and one more for each dismissed
+//!    candidate, when the candidate is killed. The resend that a successor requests at its start is not counted.
 
 mod backings;
 mod backoff;

@@ -156,7 +156,7 @@ impl Removal {
         self.drop_rows(|row| row.holder == Some(caller))
     }
 
-    /// Drops the rows of stalled removals. Returns the same as [`caller_gone`](Self::caller_gone).
+    /// Drops the rows of removals whose time limit has passed. Returns the same as [`caller_gone`](Self::caller_gone).
     pub fn expire(&mut self, now: Instant) -> (Vec<Digest>, bool) {
         let stalled: Vec<bool> =
             self.rows.iter().map(|row| now >= row.until && !self.is_awaited(row)).collect();

@@ -49,7 +49,7 @@ pub fn output(command: &mut Command) -> Result<Output> {
     wait(child)
 }
 
-/// Waits for a child process, which a signal ends.
+/// Waits for a child process. If this program gets a signal, the child is ended.
 pub fn wait(child: Child) -> Result<Output> {
     // Process ids of Linux are positive and fit.
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);

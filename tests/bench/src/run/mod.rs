@@ -46,7 +46,7 @@ pub struct RunArgs {
     /// Directory of the programs of Stencil
     #[arg(long, default_value = "target/release")]
     programs: PathBuf,
-    /// Directory of what make setup has downloaded for guests
+    /// Directory of the files that make setup downloads for guests
     #[arg(long, default_value = "target/guest")]
     guests: PathBuf,
     /// Directory on the disk that is measured; all files are in a new directory below it

@@ -136,7 +136,7 @@ impl<'a> Store<'a> {
         // The copy of a large file takes longer than the default time limit of the first open.
         let mut command = self.mounting(&mountpoint, serve, &[&["--hydrate-timeout", "600"], more].concat());
         let (name, serve, store) = (name.to_owned(), serve.to_owned(), self.dir.clone());
-        // Before the command runs: a signal may end this program after the mount has been made.
+        // The guard exists before the command runs, so that the mount is removed if a signal ends this program.
         let mount = Mount { site: self.site, store, path: mountpoint, name, serve };
         run(&mut command)?;
         Ok(mount)

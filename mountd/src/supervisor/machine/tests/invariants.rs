@@ -84,7 +84,7 @@ struct Run {
     world: World,
     /// Number of opens of a template when a caller got the response that the template is condemned.
     settled: HashMap<(CallerId, Key), u64>,
-    /// Callers that wait until a template is condemned, and the number of responses before.
+    /// Callers that wait until a template is condemned, and the number of responses when each began to wait.
     waiting: Vec<(CallerId, Key, usize)>,
     /// How often each caller has closed its connection.
     gone: HashMap<u8, u64>,

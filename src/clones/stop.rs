@@ -62,9 +62,7 @@ pub fn stop(entries: &[Entry], grace: Duration, progress: &dyn Progress) -> Resu
     let mut problem = process_tree::kill(entries).err();
     let left = problem.is_some().then(|| ProcessTrees::scan(entries));
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());
-    for entry in entries.iter().filter(gone) {
-        problem = problem.or(entry.remove().err());
-    }
+    problem = problem.or(registry::remove_all(entries.iter().filter(gone)).err());
     registry::wait_for_watchdogs(entries);
     progress.advance(Bytes::new(running.len() as u64));
     progress.finish();

@@ -289,6 +289,30 @@ fn planted_records_end_no_process_and_remove_no_file() {
         assert!(victim.is_alive(), "{reason}");
     }
     fs::remove_dir_all(&dir).unwrap();
+    // The record of simulated clones.
+    let shared = |common: &Value, pid: &Value| {
+        let mut common = common.clone();
+        (common["kind"], common["pid"]) = (json!("simulated"), json!(0));
+        let clone = json!({"clone": {"index": 0, "pid": pid, "identity": valid["identity"]}});
+        let common = json!({"common": {"entry": common, "mapped": "", "touched": ""}});
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, Permissions::from_mode(0o700)).unwrap();
+        fs::write(dir.join("clones.jsonl"), format!("{common}\n{clone}\n")).unwrap();
+    };
+    for (reason, common, pid, mode) in [
+        ("invalid id", with("id", json!("c0000002")), &valid["pid"], 0o600),
+        ("invalid launch", with("launch", json!("../../x")), &valid["pid"], 0o600),
+        ("invalid pid", valid.clone(), &json!(1 << 30), 0o600),
+        ("writable by other users", valid.clone(), &valid["pid"], 0o666),
+    ] {
+        shared(&common, pid);
+        fs::set_permissions(dir.join("clones.jsonl"), Permissions::from_mode(mode)).unwrap();
+        let stopped = world.stencil(&["stop", "--all"]).exits(1);
+        assert!(stopped.err.contains(reason), "{stopped:?}");
+        world.stencil(&["stop", "c0000001-0"]).exits(1);
+        assert!(victim.is_alive(), "{reason}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
     // A reused process ID belongs to another process.
     plant(&dir, &with("identity", json!(valid["identity"].as_u64().unwrap() + 1)));
     world.stencil(&["stop", "--all"]).ok();
@@ -417,7 +441,12 @@ fn soak_replaced_runtime_files_neither_block_nor_redirect() {
     assert_eq!(fs::read(outside.join("guest.qcow2")).unwrap(), b"a guest's");
 
     // With each kind in place of a record: `stop` ends the other clone, and the clone of the record stays alive.
-    let [first, second] = [&ids[0], &ids[1]].map(|id| runtime.join("clones").join(id));
+    let directory = |id: &str| runtime.join("clones").join(id.split('-').next().unwrap());
+    let [mut first, mut second] = [directory(&ids[0]), directory(&ids[1])];
+    if !first.join("clone.json").exists() {
+        // Simulated clones have a record of another name.
+        std::mem::swap(&mut first, &mut second);
+    }
     let record: Value = serde_json::from_slice(&fs::read(first.join("clone.json")).unwrap()).unwrap();
     for kind in KINDS {
         let what = format!("{kind:?} in place of a record");

@@ -228,10 +228,14 @@ impl TestMount {
     /// Returns true if the text contains the PID of a process of this mount or of one of its clones.
     fn names_one_of_ours(&self, text: &str) -> bool {
         let clones = std::fs::read_dir(self.runtime_dir().join("clones")).into_iter().flatten().flatten();
-        let clones = clones.filter_map(|clone| {
-            let record: Value =
-                serde_json::from_slice(&std::fs::read(clone.path().join("clone.json")).ok()?).ok()?;
-            record["pid"].as_u64()
+        let read = |clone: &std::fs::DirEntry, name| std::fs::read_to_string(clone.path().join(name));
+        let lines =
+            clones.filter_map(|clone| read(&clone, "clone.json").or(read(&clone, "clones.jsonl")).ok());
+        let lines: Vec<String> =
+            lines.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
+        let clones = lines.iter().filter_map(|line| {
+            let record: Value = serde_json::from_str(line).ok()?;
+            record["pid"].as_u64().or(record["clone"]["pid"].as_u64())
         });
         let ours: Vec<u64> = self.processes().iter().map(|p| p.pid.into()).chain(clones).collect();
         text.split(|c: char| !c.is_ascii_digit())

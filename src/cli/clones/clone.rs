@@ -462,7 +462,7 @@ fn wait(
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    clones.iter().try_for_each(Entry::remove)?;
+    registry::remove_all(clones)?;
     registry::wait_for_watchdogs(clones);
     Ok(code)
 }

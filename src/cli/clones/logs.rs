@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::cli::Global;
 use crate::cli::output::{Done, Report};
 use crate::clones::registry::process_tree::ProcessTrees;
-use crate::clones::registry::{self, API_SOCKET, Entry, LOG, QMP_SOCKET, SERIAL_LOG, VMM_LOG};
+use crate::clones::registry::{self, API_SOCKET, Entry, Kind, LOG, QMP_SOCKET, SERIAL_LOG, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::sys::poll::Patient;
 
@@ -86,9 +86,18 @@ pub fn run(args: &LogsArgs, global: &Global) -> Result<Done> {
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok::<_, Error>(entry.read_file(name).map_err(failed)?.map(text))
     };
-    let log = text(LOG)?.unwrap_or_default() + &text(VMM_LOG)?.unwrap_or_default();
+    let log = match entry.kind {
+        Kind::Simulated => simulated_log(&entry)?,
+        _ => text(LOG)?.unwrap_or_default() + &text(VMM_LOG)?.unwrap_or_default(),
+    };
     let serial = text(SERIAL_LOG)?;
     Ok(Done::report(LogsReport { log, serial, sockets: sockets(&entry.dir)?, id: entry.id }))
+}
+
+/// Returns the log of a simulated clone, which is empty while the clone is launched.
+fn simulated_log(entry: &Entry) -> Result<String> {
+    let failed = |e| Error::io("cannot read the log of a clone", &entry.dir, e);
+    if entry.is_launching() { Ok(String::new()) } else { registry::simulated_log(entry).map_err(failed) }
 }
 
 /// Prints the logs as they grow, until the clone has ended.
@@ -97,6 +106,15 @@ fn follow(entry: &Entry) -> Result<Done> {
     let fail = |e| Error::io("cannot print the log of a clone", &entry.dir, e);
     let mut logs = [(LOG, None), (VMM_LOG, None), (SERIAL_LOG, None)];
     let mut out = Patient(io::stdout());
+    if entry.kind == Kind::Simulated {
+        while entry.is_launching() {
+            thread::sleep(POLL_INTERVAL);
+        }
+        match out.write_all(simulated_log(entry)?.as_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Done::silent()),
+            written => written.map_err(fail)?,
+        }
+    }
     loop {
         // The end of the clone is seen before its last output is read.
         let runs = runs(&entry.id);

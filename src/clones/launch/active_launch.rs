@@ -5,10 +5,10 @@ use std::sync::{Mutex, PoisonError};
 
 use super::order::{Failure, LaunchRequest, Launched};
 use crate::clones::agent::Clock;
-use crate::clones::registry::{Entry, LOG, Launch, NewEntry, Touched, VMM_LOG};
+use crate::clones::registry::{Entry, LOG, Launch, NewEntry, SharedRecord, Touched, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::sys::process::{ProcessId, threads};
+use crate::sys::process::threads;
 use crate::units::Bytes;
 
 /// A launch in progress.
@@ -39,19 +39,25 @@ impl ActiveLaunch<'_> {
         use_it(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub fn create(&self, index: u32, process: Option<ProcessId>, touched: Option<Touched>) -> Result<Entry> {
+    /// Creates the record of the simulated clones, without any clone.
+    pub fn create_shared(&self, touched: Touched, [mapped, done]: [String; 2]) -> Result<SharedRecord> {
         let digest = self.order.target.digest.to_string();
-        let kind = self.order.how.kind();
-        self.launch.create(&NewEntry {
+        self.launch.create_shared(
+            &NewEntry { touched: Some(touched), ..self.new_entry(&digest) },
+            mapped,
+            done,
+        )
+    }
+
+    fn new_entry<'b>(&'b self, digest: &'b str) -> NewEntry<'b> {
+        NewEntry {
             name: &self.order.target.name,
-            template: &digest,
+            template: digest,
             store: &self.order.target.store,
-            kind,
-            index,
-            process,
-            touched,
+            kind: self.order.how.kind(),
+            touched: None,
             disk_dir: self.order.disk_dir.as_deref(),
-        })
+        }
     }
 
     pub fn failed(&self, index: u32, message: String, hint: Option<&str>) {
@@ -94,7 +100,8 @@ impl ActiveLaunch<'_> {
     where
         F: Fn(&Self, &mut Entry) -> Result<std::process::Child>,
     {
-        let mut entry = match self.create(index, None, None) {
+        let digest = self.order.target.digest.to_string();
+        let mut entry = match self.launch.create(&self.new_entry(&digest), index) {
             Ok(entry) => entry,
             Err(error) => return self.failed(index, error.to_string(), error.hint_text()),
         };

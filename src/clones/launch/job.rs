@@ -70,18 +70,18 @@ pub struct Mapped {
 }
 
 impl Order {
-    /// Returns the log of a clone that has touched its pages.
-    pub fn log(&self, index: u32) -> String {
+    /// Returns the log of a clone that has touched its pages: the first lines, and what the clone has done.
+    pub fn log(&self) -> [String; 2] {
         let mapped = self.files.iter().map(|file| {
             format!("mapped {} as {}\n", file.path.display(), if file.rom { "rom" } else { "ram" })
         });
         let touched = format!(
-            "clone {index}: read {}, wrote {} of {}\n",
+            "read {}, wrote {} of {}",
             counted(self.touched.read_pages, "page", "pages"),
             counted(self.touched.written_pages, "page", "pages"),
             self.touch
         );
-        mapped.chain([touched]).collect()
+        [mapped.collect(), touched]
     }
 }
 

@@ -96,19 +96,16 @@ pub fn main(launch: Option<OsString>) -> ExitCode {
 fn watch(launch: &str) {
     // The watchdog needs one descriptor per clone, possibly more than the soft limit.
     drop(inherited::raise_limits());
-    let entries = registry::list().unwrap_or_default();
-    let entries = entries.into_iter().filter(|entry| entry.launch == launch);
-    let (Ok(Some(all)), Ok(exits)) = (registry::clones(), epoll::create(CreateFlags::CLOEXEC)) else {
-        return;
-    };
+    let entries = registry::of_launch(launch).unwrap_or_default();
+    let Ok(exits) = epoll::create(CreateFlags::CLOEXEC) else { return };
     let mut clones = HashMap::new();
-    for (number, (id, process, pidfd)) in (0..).zip(entries.filter_map(open)) {
+    for (number, (entry, process, pidfd)) in (0..).zip(entries.into_iter().filter_map(open)) {
         // Without this watch, only the exit record of this clone is missing.
         if let Err(error) = epoll::add(&exits, &pidfd, EventData::new_u64(number), EventFlags::IN) {
-            log::warn!("cannot watch clone {id}: {error}");
+            log::warn!("cannot watch clone {}: {error}", entry.id);
             continue;
         }
-        clones.insert(number, (id, process, pidfd));
+        clones.insert(number, (entry, process, pidfd));
     }
     if clones.is_empty() {
         return;
@@ -125,18 +122,19 @@ fn watch(launch: &str) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(_) => return,
         }
-        for event in &events {
+        let ended = events.iter().filter_map(|event| {
             // Dropping the descriptor removes it from the epoll instance.
-            let Some((id, process, pidfd)) = clones.remove(&event.data.u64()) else { continue };
-            // Fails if the clone's directory was removed; the status is then not needed.
-            let _ = Ending::now(ExitStatus::read(process, &pidfd)).save(&all, &id);
-        }
+            let (entry, process, pidfd) = clones.remove(&event.data.u64())?;
+            Some((entry, Ending::now(ExitStatus::read(process, &pidfd))))
+        });
+        // Fails if the clones were removed; their exit records are then not needed.
+        let _ = registry::save_endings(ended);
     }
 }
 
-fn open(entry: Entry) -> Option<(String, ProcessId, OwnedFd)> {
+fn open(entry: Entry) -> Option<(Entry, ProcessId, OwnedFd)> {
     let process = entry.process()?;
     // A clone that has just exited is still a zombie, which the launcher has not reaped yet.
     let pidfd = process.open_unreaped().ok()??;
-    Some((entry.id, process, pidfd))
+    Some((entry, process, pidfd))
 }

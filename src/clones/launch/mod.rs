@@ -21,7 +21,7 @@ use std::sync::atomic::AtomicU32;
 use crate::clones::baseline::Baseline;
 use crate::clones::capture;
 use crate::clones::find;
-use crate::clones::registry::{self, Launch};
+use crate::clones::registry::{self, Kind, Launch};
 use crate::clones::vmm_api::Server;
 use crate::control;
 use crate::error::Result;
@@ -29,6 +29,7 @@ use crate::progress::Progress;
 use active_launch::ActiveLaunch;
 pub use order::{CloudHypervisor, Failure, How, Jailer, LaunchRequest, Launched, Microvm, Ready};
 pub use simulate::{Amount, Scatter, Simulate};
+use simulated_launch::Zygote;
 pub use target::Target;
 
 /// Launches clones and returns when all are ready and independent of this process.
@@ -44,12 +45,17 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
     let watchdog = launch_watchdog::start(&launch)?;
     launch.set_watchdog(watchdog.process()?);
     launch.start()?;
+    // The zygote is loaded while this process searches for clones.
+    let zygote = match &order.how {
+        How::Simulated(simulate) => simulated_launch::start(order, simulate).map(Some),
+        _ => Ok(None),
+    };
     launch.set_baseline(baseline_if_idle().unwrap_or_else(|error| {
         log::warn!("no baseline of available memory for `stencil density --audit`: {error}");
         None
     }));
     progress.start_count("launch", "clones", order.count.into());
-    let gathered = gather(order, &launch, progress);
+    let gathered = zygote.and_then(|zygote| gather(order, &launch, zygote, progress));
     progress.finish();
     let outcome = gathered.and_then(|(launched, held)| {
         held.map_or(Ok(()), simulated_launch::Held::release)?;
@@ -70,6 +76,10 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
 
 /// Returns the host's available memory, unless clones exist that already use some of it.
 fn baseline_if_idle() -> Result<Option<Baseline>> {
+    // A process of a command may map nothing.
+    if registry::list()?.iter().any(|entry| entry.kind != Kind::Command && entry.is_alive()) {
+        return Ok(None);
+    }
     let clones = find::template_mappings(&control::mounts()?)?.complete()?;
     if clones.is_empty() { Baseline::now().map(Some) } else { Ok(None) }
 }
@@ -77,12 +87,14 @@ fn baseline_if_idle() -> Result<Option<Baseline>> {
 fn gather(
     order: &LaunchRequest<'_>,
     launch: &Launch,
+    zygote: Option<Zygote>,
     progress: &dyn Progress,
 ) -> Result<(Launched, Option<simulated_launch::Held>)> {
     let active = ActiveLaunch { order, launch, progress, next: AtomicU32::new(0), state: Mutex::default() };
     let (launched, held) = match &order.how {
         How::Simulated(simulate) => {
-            let (launched, held) = simulated_launch::launch(&active, simulate)?;
+            let zygote = zygote.map_or_else(|| simulated_launch::start(order, simulate), Ok)?;
+            let (launched, held) = simulated_launch::launch(&active, zygote)?;
             (launched, Some(held))
         }
         How::Qemu(recipe) => {

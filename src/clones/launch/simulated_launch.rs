@@ -10,11 +10,11 @@ use rustix::io::Errno;
 
 use super::active_launch::ActiveLaunch;
 use super::job::{self, OrderFile};
-use super::order::Launched;
+use super::order::{LaunchRequest, Launched};
 use super::simulate::Simulate;
 use crate::clones::helper_process::this_program;
 use crate::clones::launch::zygote;
-use crate::clones::registry::{self, Entry};
+use crate::clones::registry::{self, Entry, SharedRecord, process_tree};
 use crate::error::{Error, Result};
 use crate::memory::zero_runs;
 use crate::store::{BLOCK_SIZE, FileKind, Store, TemplateFile};
@@ -112,13 +112,29 @@ impl Drop for Held {
     }
 }
 
+/// A zygote that has its job and no clone.
+pub struct Zygote {
+    job: job::Order,
+    held: Held,
+}
+
+/// Starts the zygote of a launch.
+///
+/// # Errors
+/// Returns an error if the template has no memory file to touch, or the zygote cannot be started.
+pub fn start(order: &LaunchRequest<'_>, simulate: &Simulate) -> Result<Zygote> {
+    let job = job_of(order, simulate)?;
+    let held = start_process(&job)?;
+    Ok(Zygote { job, held })
+}
+
 /// Launches simulated clones and waits until each is ready or has failed.
 ///
 /// # Errors
-/// Returns an error if the template has no memory file to touch, or the zygote cannot be started or dies.
-pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launched, Held)> {
-    let order = order(&active.order.target.files, active, simulate)?;
-    let mut held = start(&order)?;
+/// Returns an error if the zygote dies or the records cannot be written.
+pub fn launch(active: &ActiveLaunch<'_>, zygote: Zygote) -> Result<(Launched, Held)> {
+    let Zygote { job, mut held } = zygote;
+    let mut record = active.create_shared(job.touched, job.log())?;
     let mut clones = Clones::default();
     let mut next = 0;
     loop {
@@ -137,8 +153,10 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
         if clones.starting.is_empty() || active.is_over() {
             break;
         }
-        for line in held.receive(CANCEL_INTERVAL)? {
-            clones.handle_message(active, &order, &line)?;
+        let messages = held.receive(CANCEL_INTERVAL)?;
+        clones.record_started(&mut record, &messages)?;
+        for line in messages {
+            clones.handle_message(active, &mut record, &line)?;
         }
         let late: Vec<u32> =
             clones.starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
@@ -147,7 +165,8 @@ pub fn launch(active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<(Launche
             // The zygote kills this worker before it releases the others, even if the messages of the worker were not read.
             writeln!(held.input, "cancel {index}").map_err(|e| held.died().because(e))?;
             if let Some(entry) = clones.started.remove(&index) {
-                entry.destroy()?;
+                process_tree::kill(std::slice::from_ref(&entry))?;
+                record.remove(index)?;
             }
             let seconds = active.order.ready_timeout.as_secs_f64();
             active.failed(index, format!("timed out after {seconds} s waiting for the clone"), None);
@@ -170,40 +189,53 @@ struct Clones {
 }
 
 impl Clones {
-    fn handle_message(&mut self, active: &ActiveLaunch<'_>, order: &job::Order, line: &str) -> Result<()> {
-        let mut words = line.splitn(3, ' ');
-        let (verb, index, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
-        let Some(index) = index.and_then(|i| i.parse::<u32>().ok()) else { return Ok(()) };
+    /// Records the clones that the zygote has started, all with one write.
+    fn record_started(&mut self, record: &mut SharedRecord, messages: &[String]) -> Result<()> {
+        let mut processes = Vec::new();
+        for line in messages {
+            let Some((index, "started", rest)) = parts(line) else { continue };
+            let process = rest.split_once(' ').and_then(|(pid, identity)| {
+                Some(ProcessId { pid: pid.parse().ok()?, identity: identity.parse().ok()? })
+            });
+            let process = process.ok_or_else(|| Error::failed(format!("invalid message '{line}'")))?;
+            self.requested.remove(&index);
+            // A clone past its timeout gets no record: the zygote was told to kill the process.
+            if self.starting.contains_key(&index) {
+                processes.push((index, process));
+            }
+        }
+        if !processes.is_empty() {
+            let entries = record.add(&processes)?;
+            self.started.extend(entries.into_iter().map(|entry| (entry.index, entry)));
+        }
+        Ok(())
+    }
+
+    fn handle_message(
+        &mut self,
+        active: &ActiveLaunch<'_>,
+        record: &mut SharedRecord,
+        line: &str,
+    ) -> Result<()> {
+        let Some((index, verb, rest)) = parts(line) else { return Ok(()) };
         self.requested.remove(&index);
         match verb {
-            Some("started") => {
-                let process = rest.split_once(' ').and_then(|(pid, identity)| {
-                    Some(ProcessId { pid: pid.parse().ok()?, identity: identity.parse().ok()? })
-                });
-                let process = process.ok_or_else(|| Error::failed(format!("invalid message '{line}'")))?;
-                // A clone past its timeout gets no record: the zygote was told to kill the process.
-                if self.starting.contains_key(&index) {
-                    let entry = active.create(index, Some(process), Some(order.touched))?;
-                    self.started.insert(index, entry);
-                }
-            }
-            Some("ready") => {
+            "ready" => {
                 self.starting.remove(&index);
                 if let Some(entry) = self.started.remove(&index) {
-                    active.launch.write_log(&entry, &order.log(index))?;
                     active.progress.advance(Bytes::new(1));
                     self.ready.push(entry);
                 }
             }
-            Some("failed") => {
+            "failed" => {
                 let was_starting = self.starting.remove(&index).is_some();
                 // A clone can fail after it was ready.
                 let failed = self.started.remove(&index).or_else(|| {
                     let place = self.ready.iter().position(|e| e.index == index)?;
                     Some(self.ready.swap_remove(place))
                 });
-                if let Some(entry) = &failed {
-                    entry.remove()?;
+                if failed.is_some() {
+                    record.remove(index)?;
                 }
                 if was_starting || failed.is_some() {
                     active.failed(index, rest.to_owned(), None);
@@ -215,9 +247,16 @@ impl Clones {
     }
 }
 
-fn order(files: &[TemplateFile], active: &ActiveLaunch<'_>, simulate: &Simulate) -> Result<job::Order> {
-    let target = active.order.target;
-    let memory: Vec<&TemplateFile> = files.iter().filter(|f| f.kind.is_memory()).collect();
+/// Splits a message of the zygote: the index, the verb and the rest.
+fn parts(line: &str) -> Option<(u32, &str, &str)> {
+    let mut words = line.splitn(3, ' ');
+    let (verb, index) = (words.next()?, words.next()?);
+    Some((index.parse().ok()?, verb, words.next().unwrap_or_default()))
+}
+
+fn job_of(order: &LaunchRequest<'_>, simulate: &Simulate) -> Result<job::Order> {
+    let target = order.target;
+    let memory: Vec<&TemplateFile> = target.files.iter().filter(|f| f.kind.is_memory()).collect();
     let touch = match &simulate.file {
         Some(name) => memory.iter().find(|f| &f.name == name).ok_or_else(|| {
             Error::usage(format!("template {} has no memory file '{name}'", target.name))
@@ -241,14 +280,14 @@ fn order(files: &[TemplateFile], active: &ActiveLaunch<'_>, simulate: &Simulate)
     };
     let files = memory.iter().map(file).collect::<Result<_>>()?;
     let last = touch.size.get().div_ceil(PAGE_SIZE);
-    let written = active.order.prefault.get(&touch.name);
+    let written = order.prefault.get(&touch.name);
     let in_file = written.into_iter().flatten().map(|pages| pages.start.min(last)..pages.end.min(last));
     let prefault = in_file.filter(|pages| !pages.is_empty()).collect();
     let touch = touch.name.clone();
     Ok(job::Order { simulate: simulate.to_string(), files, touch, touched, prefault })
 }
 
-fn start(order: &job::Order) -> Result<Held> {
+fn start_process(order: &job::Order) -> Result<Held> {
     let failed = |e| Error::failed("cannot start the process that starts the simulated clones").because(e);
     let mut command = this_program();
     own_session(&mut command).arg(zygote::ARGUMENT);

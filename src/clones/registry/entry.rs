@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::ending::Ending;
 use super::layout::{CLONES, RECORD, is_held};
-use super::ports;
 use crate::clones::baseline::Baseline;
 use crate::control::runtime::{self, is_pid, is_plain_name, is_whole_path, trusted_folder};
 use crate::error::{Error, Result};
@@ -131,6 +130,9 @@ pub struct Entry {
     pub pid_namespace: Option<u64>,
     /// Process that writes the exit record of the clone. It exits after the last clone of the launch.
     pub watchdog: Option<ProcessId>,
+    /// How the process of a simulated clone ended; other clones have an exit record of their own.
+    #[serde(skip)]
+    pub ending: Option<Ending>,
 }
 
 impl Entry {
@@ -174,7 +176,7 @@ impl Entry {
         self.process().is_some_and(|process| process.is_alive())
     }
 
-    /// Returns the path of the log.
+    /// Returns the path of the log of a clone that is not simulated.
     pub fn log_path(&self) -> PathBuf {
         self.dir.join(LOG)
     }
@@ -273,26 +275,6 @@ impl Entry {
     pub fn open_file(&self, name: &str) -> std::io::Result<Option<fs::File>> {
         if_any(Directory::open(&self.dir).and_then(|directory| directory.file(name)))
     }
-
-    /// Removes the clone's disks, jail and directory, and releases its ports. Objects that do not exist are skipped.
-    ///
-    /// # Errors
-    /// Returns an error if an object cannot be removed or the clone is of another PID namespace.
-    pub fn remove(&self) -> Result<()> {
-        self.expect_ours()?;
-        // The record is removed last, because it alone names the disks, the jail and the ports.
-        for path in self.disks.iter().map(|name| self.disk_path(name)) {
-            match fs::remove_file(&path) {
-                Err(e) if e.kind() != ErrorKind::NotFound => {
-                    return Err(Error::io("cannot remove the disk of a clone", &path, e));
-                }
-                _ => {}
-            }
-        }
-        ports::release(&self.id, &self.ports);
-        self.jail.as_deref().map_or(Ok(()), remove_directory)?;
-        remove_directory(&self.dir)
-    }
 }
 
 fn if_any<T>(found: std::io::Result<T>) -> std::io::Result<Option<T>> {
@@ -301,22 +283,4 @@ fn if_any<T>(found: std::io::Result<T>) -> std::io::Result<Option<T>> {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
     }
-}
-
-pub(super) fn remove_directory(path: &Path) -> Result<()> {
-    // A process that is exiting may still create files.
-    for _ in 0..50 {
-        match fs::remove_dir_all(path) {
-            Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => {
-                std::thread::sleep(Duration::from_millis(10))
-            }
-            Err(e) if e.kind() != ErrorKind::NotFound => {
-                return Err(Error::io("cannot remove the directory of a clone", path, e));
-            }
-            _ => return Ok(()),
-        }
-    }
-    Err(Error::failed("cannot remove the directory of a clone: a process still writes files to it")
-        .at(path)
-        .hint("stop the process that writes to the directory, then run the command again"))
 }

@@ -2,17 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::entry::{CloneStore, Entry, Kind, LOG, Touched, remove_directory};
-use super::layout::{CLONES, LAUNCHES, clones_dir, random_id};
+use super::entry::{CloneStore, Entry, Kind, Touched};
+use super::layout::{CLONES, LAUNCHES, RECORD, clones_dir, random_id, remove_directory, shared_name};
 use super::process_tree::{self, ProcessTrees};
-use super::records::list;
+use super::records::of_launch;
+use super::removal::remove_all;
+use super::shared_record::SharedRecord;
 use crate::clones::baseline::Baseline;
 use crate::clones::counted;
 use crate::control::places;
@@ -39,10 +41,6 @@ pub struct NewEntry<'a> {
     pub store: &'a CloneStore,
     /// Kind of process.
     pub kind: Kind,
-    /// Number of the clone within its launch, from 0.
-    pub index: u32,
-    /// The process, if it was started before the record.
-    pub process: Option<ProcessId>,
     /// Pages that a simulated clone is to touch.
     pub touched: Option<Touched>,
     /// Directory of the disks, if it is not the clone's directory.
@@ -74,7 +72,12 @@ impl Launch {
     pub fn prepare() -> Result<Launch> {
         // The id names the launcher, so an empty marker file is complete as soon as it exists.
         let me = ProcessId::current()?;
-        let mut id = format!("{}.{}.{}", random_id()?, me.pid, me.identity);
+        let mut name = random_id()?;
+        // Simulated clones have their directory under this name.
+        while clones_dir().join(&name).exists() {
+            name = random_id()?;
+        }
+        let mut id = format!("{name}.{}.{}", me.pid, me.identity);
         if let Some(namespace) = probe::pid_namespace() {
             id.push_str(&format!(".{namespace}"));
         }
@@ -120,37 +123,14 @@ impl Launch {
     ///
     /// # Errors
     /// Returns an error if the runtime directory cannot be written.
-    pub fn create(&self, new: &NewEntry<'_>) -> Result<Entry> {
+    pub fn create(&self, new: &NewEntry<'_>, index: u32) -> Result<Entry> {
         let all = self.clones()?;
         let failed = |path: &Path, e| runtime::failed("cannot create the directory of a clone", path, e);
         // The directory is renamed into place with its record. An incomplete directory has the launch's id in its name.
-        let staged = format!("{}{}", staging_prefix(&self.id), new.index);
+        let staged = format!("{}{}", staging_prefix(&self.id), index);
         let staging = all.path_of(&staged);
         let directory = all.create_folder(&staged, 0o700).map_err(|e| failed(&staging, e))?;
-        let process = new.process.unwrap_or(ProcessId { pid: 0, identity: 0 });
-        let mut entry = Entry {
-            id: String::new(),
-            pid: process.pid,
-            identity: process.identity,
-            name: new.name.to_owned(),
-            template: new.template.to_owned(),
-            store: new.store.clone(),
-            kind: new.kind,
-            dir: staging.clone(),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-            index: new.index,
-            launch: self.id.clone(),
-            baseline: self.baseline,
-            touched: new.touched,
-            ports: BTreeMap::new(),
-            uuid: None,
-            disks: BTreeSet::new(),
-            disk_dir: new.disk_dir.map(Path::to_owned),
-            jail: None,
-            jail_bytes: Bytes::ZERO,
-            pid_namespace: probe::pid_namespace(),
-            watchdog: self.watchdog,
-        };
+        let mut entry = Entry { index, dir: staging.clone(), ..self.entry(new) };
         loop {
             entry.id = random_id()?;
             entry.dir = all.path_of(&entry.id);
@@ -164,15 +144,43 @@ impl Launch {
         }
     }
 
-    /// Writes the log of a clone that has none.
+    /// Creates the record of the simulated clones of this launch, without any clone. `mapped` and `touched` are parts of
+    /// their logs.
     ///
     /// # Errors
-    /// Returns an error if the log cannot be written.
-    pub fn write_log(&self, entry: &Entry, text: &str) -> Result<()> {
-        let created = self.clones()?.create(Path::new(&entry.id).join(LOG), 0o600);
-        created
-            .and_then(|mut file| file.write_all(text.as_bytes()))
-            .map_err(|e| runtime::failed("cannot write the log of a clone", &entry.log_path(), e))
+    /// Returns an error if the runtime directory cannot be written.
+    pub fn create_shared(&self, new: &NewEntry<'_>, mapped: String, touched: String) -> Result<SharedRecord> {
+        let all = self.clones()?;
+        let name = shared_name(&self.id);
+        let entry = Entry { id: name.to_owned(), dir: all.path_of(name), ..self.entry(new) };
+        SharedRecord::create(all, entry, mapped, touched)
+    }
+
+    fn entry(&self, new: &NewEntry<'_>) -> Entry {
+        Entry {
+            id: String::new(),
+            pid: 0,
+            identity: 0,
+            name: new.name.to_owned(),
+            template: new.template.to_owned(),
+            store: new.store.clone(),
+            kind: new.kind,
+            dir: PathBuf::new(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            index: 0,
+            launch: self.id.clone(),
+            baseline: self.baseline,
+            touched: new.touched,
+            ports: BTreeMap::new(),
+            uuid: None,
+            disks: BTreeSet::new(),
+            disk_dir: new.disk_dir.map(Path::to_owned),
+            jail: None,
+            jail_bytes: Bytes::ZERO,
+            pid_namespace: probe::pid_namespace(),
+            watchdog: self.watchdog,
+            ending: None,
+        }
     }
 
     fn clones(&self) -> Result<&Directory> {
@@ -237,13 +245,16 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     if !launches.has(launch) {
         return Ok(vec![]);
     }
-    let all: Vec<Entry> = list()?.into_iter().filter(|e| e.launch == launch).collect();
+    let all = of_launch(launch)?;
     let mut problem = process_tree::kill(&all).err();
     // The guest of a clone that cannot be killed still uses the clone's directory.
     let left = problem.is_some().then(|| ProcessTrees::scan(&all));
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());
-    for entry in all.iter().filter(gone) {
-        problem = problem.or(entry.remove().err());
+    problem = problem.or(remove_all(all.iter().filter(gone)).err());
+    let shared = clones_dir().join(shared_name(launch));
+    // Another clone may have this name as its id.
+    if problem.is_none() && !shared.join(RECORD).exists() {
+        problem = remove_directory(&shared).err();
     }
     let prefix = staging_prefix(launch);
     for directory in fs::read_dir(clones_dir()).into_iter().flatten().flatten() {

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::entry::Entry;
-use super::layout::{CLONES, RECORD};
+use super::entry::Kind;
+use super::layout::{CLONES, RECORD, shared_name};
+use super::shared_record;
 use crate::control::runtime::{self, MAX_RECORD, is_plain_name, trusted_folder};
 use crate::error::{Error, Result};
 use crate::sys::files::directory::Directory;
@@ -32,8 +34,7 @@ pub fn list_and_unread() -> Result<(Vec<Entry>, Vec<Error>)> {
     let names = all.names().map_err(|e| Error::io("cannot read the directory of clones", all.path(), e))?;
     for name in names.iter().filter(|name| !name.as_encoded_bytes().starts_with(b".")) {
         match load(&all, Path::new(name)) {
-            Ok(Some(entry)) => entries.push(entry),
-            Ok(None) => {}
+            Ok(found) => entries.extend(found),
             Err(error) => unread.push(error),
         }
     }
@@ -47,31 +48,50 @@ pub fn list_and_unread() -> Result<(Vec<Entry>, Vec<Error>)> {
 /// Returns [`Code::NotFound`](crate::error::Code::NotFound) if no clone has the id.
 pub fn find(id: &str) -> Result<Entry> {
     let all = if is_plain_name(id) { runtime::open(CLONES)? } else { None };
-    let entry = all.map(|all| load(&all, Path::new(id))).transpose()?.flatten();
-    entry.ok_or_else(|| {
+    // The id of a simulated clone is the name of its directory, and its index.
+    let name = id.split_once('-').map_or(id, |(name, _)| name);
+    let found = all.map(|all| load(&all, Path::new(name))).transpose()?.unwrap_or_default();
+    found.into_iter().find(|entry| entry.id == id).ok_or_else(|| {
         Error::not_found(format!("no clone has the id '{id}'")).hint("run 'stencil ps' to list the clones")
     })
 }
 
-fn load(all: &Directory, name: &Path) -> Result<Option<Entry>> {
+/// Returns the records of the clones of one launch.
+///
+/// # Errors
+/// Returns an error if a directory cannot be read, or if the record of a simulated launch cannot be used.
+pub fn of_launch(launch: &str) -> Result<Vec<Entry>> {
+    let Some(all) = runtime::open(CLONES)? else { return Ok(vec![]) };
+    let mut found = load(&all, Path::new(shared_name(launch)))?;
+    found.retain(|entry| entry.launch == launch);
+    if found.is_empty() {
+        found = list()?;
+        found.retain(|entry| entry.launch == launch);
+    }
+    Ok(found)
+}
+
+/// Reads the record of a clone, or of the simulated clones of a launch, from a directory. Returns nothing for a directory
+/// without a record.
+fn load(all: &Directory, name: &Path) -> Result<Vec<Entry>> {
     let dir = all.path_of(name);
-    let read = || -> io::Result<Option<Entry>> {
+    let read = || -> io::Result<Vec<Entry>> {
         let directory = trusted_folder(all, name)?;
         let text = match runtime::read(&directory, RECORD, MAX_RECORD) {
-            // The clone is being removed.
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => return shared_record::load(&directory),
             text => text?,
         };
         let mut entry: Entry = serde_json::from_slice(&text)?;
         // The directory where the record was found is removed later, not the one that the record names.
         entry.dir.clone_from(&dir);
-        match entry.problem() {
-            None => Ok(Some(entry)),
+        match entry.problem().or((entry.kind == Kind::Simulated).then_some("kind")) {
+            None => Ok(vec![entry]),
             Some(field) => Err(io::Error::new(ErrorKind::InvalidData, format!("invalid {field}"))),
         }
     };
     match read() {
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        // The clone is being removed.
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(vec![]),
         read => read.map_err(|e| {
             Error::failed("cannot use the record of a clone")
                 .at(&dir)
@@ -103,7 +123,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
     use std::io::Write;
 
-    use super::super::entry::{CloneStore, Kind, Touched};
+    use super::super::entry::{CloneStore, Touched};
     use super::super::layout::random_id;
     use super::*;
     use crate::sys::process::ProcessId;
@@ -121,7 +141,7 @@ mod tests {
             name: "web:v1".into(),
             template: "ab".repeat(32),
             store: CloneStore { path: "/s".into(), id: "12ab".into() },
-            kind: Kind::Simulated,
+            kind: Kind::Firecracker,
             dir: directory.path().to_owned(),
             created: 56,
             index: 7,
@@ -136,12 +156,13 @@ mod tests {
             jail_bytes: Bytes::new(11),
             pid_namespace: Some(10),
             watchdog: Some(ProcessId { pid: 7, identity: 8 }),
+            ending: None,
         };
         assert!(entry.is_foreign() && entry.process().is_none() && entry.remove().is_err());
         let write = |text: &[u8]| runtime::replace(&directory, RECORD, text).unwrap();
         let load = || load(&all, Path::new("c0123456"));
         write(&serde_json::to_vec(&entry).unwrap());
-        assert_eq!(load().unwrap().as_ref(), Some(&entry));
+        assert_eq!(load().unwrap(), std::slice::from_ref(&entry));
         let others: [fn(&mut Entry); 8] = [
             |e| e.id = "c7654321".into(),
             |e| e.pid = 1 << 23,

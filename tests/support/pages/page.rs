@@ -12,7 +12,7 @@
 //! | class | words |
 //! |---|---|
 //! | `digest` | 12 or 64 hexadecimal digits |
-//! | `id` | 8 hexadecimal digits: a clone |
+//! | `id` | 8 hexadecimal digits: a clone; `-` and a number after them: a simulated clone |
 //! | `pid` | a number after an id, a comma after a pid, or one of the words in `BEFORE_PID`; numbers joined by `-` |
 //! | `number` | any integer |
 //! | `ratio` | a number with decimals |
@@ -182,7 +182,10 @@ fn belongs(class: &str, words: &[&str], before: &str) -> usize {
     let one = |yes: bool| usize::from(yes);
     match class {
         "digest" => one(is_hex(word) && matches!(word.len(), 12 | 64)),
-        "id" => one(is_hex(word) && word.len() == 8),
+        "id" => one({
+            let (id, index) = word.split_once('-').unwrap_or((word, "0"));
+            is_hex(id) && id.len() == 8 && index.parse::<u32>().is_ok()
+        }),
         "pid" if integer => {
             let last = before.trim_end_matches([' ', ':']).rsplit(' ').next().unwrap_or("");
             one(last == "<id>" || last.ends_with("<pid>,") || BEFORE_PID.contains(&last))

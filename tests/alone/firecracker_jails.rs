@@ -32,10 +32,10 @@ const ROUNDS: usize = 3;
 const MOUNTS: usize = 300;
 
 /// Maximum duration of a launch, relative to the same jails without Stencil.
-const TIME_LIMIT: f64 = 2.0;
+const TIME_LIMIT: f64 = 1.9;
 
 /// Maximum duration of a launch, relative to Firecrackers without jail and without Stencil.
-const PLAIN_TIME_LIMIT: f64 = 3.5;
+const PLAIN_TIME_LIMIT: f64 = 3.1;
 
 /// A tmpfs for the jails and the runtime directory, as on a real host.
 struct Jails {

@@ -31,6 +31,7 @@ use crate::progress::Progress;
 use crate::store::{Store, TemplateRef};
 use crate::sys::files::trust;
 use crate::sys::process::search_path::find_program;
+use crate::sys::process::session::Child;
 
 /// Launch clones of a template
 ///
@@ -436,7 +437,7 @@ fn all_have_exited(clones: &[Entry]) -> bool {
 /// that failed, 0 if none did.
 fn wait(
     clones: &[Entry],
-    mut children: Vec<std::process::Child>,
+    mut children: Vec<Child>,
     cancel: &std::sync::atomic::AtomicBool,
     progress: &dyn Progress,
 ) -> Result<u8> {

@@ -8,6 +8,7 @@ use crate::clones::agent::Clock;
 use crate::clones::registry::{Entry, LOG, Launch, NewEntry, SharedRecord, Touched, VMM_LOG};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::sys::process::session::Child;
 use crate::sys::process::threads;
 use crate::units::Bytes;
 
@@ -25,7 +26,7 @@ pub(super) struct Gathered {
     pub ready: Vec<Entry>,
     pub failures: Vec<Failure>,
     pub clocks: Vec<Clock>,
-    pub children: Vec<std::process::Child>,
+    pub children: Vec<Child>,
 }
 
 impl ActiveLaunch<'_> {
@@ -68,7 +69,7 @@ impl ActiveLaunch<'_> {
     /// Launches clones that are children of this process, `parallel` at a time.
     pub fn launch_children<F>(&self, start: F) -> Result<Launched>
     where
-        F: Fn(&Self, &mut Entry) -> Result<std::process::Child> + Sync,
+        F: Fn(&Self, &mut Entry) -> Result<Child> + Sync,
     {
         let parallel = self.order.parallel.clamp(1, self.order.count.max(1));
         threads::share(parallel as usize, || {
@@ -98,7 +99,7 @@ impl ActiveLaunch<'_> {
 
     fn launch_child<F>(&self, index: u32, start: &F)
     where
-        F: Fn(&Self, &mut Entry) -> Result<std::process::Child>,
+        F: Fn(&Self, &mut Entry) -> Result<Child>,
     {
         let digest = self.order.target.digest.to_string();
         let mut entry = match self.launch.create(&self.new_entry(&digest), index) {

@@ -1,8 +1,8 @@
 //! Clones that run a command of the user.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,8 +13,9 @@ use crate::clones::launch::clone_resources;
 use crate::clones::recipe::{Escape, Needs};
 use crate::clones::registry::{Entry, LOG, process_tree};
 use crate::error::{Error, Result};
+use crate::sys::process::ProcessId;
 use crate::sys::process::procfs;
-use crate::sys::process::{ProcessId, inherit, own_session};
+use crate::sys::process::session::{Child, Session};
 
 /// Maximum length of a Unix socket path in bytes (`sun_path` without its final zero byte).
 const MAX_SOCKET_PATH: usize = 107;
@@ -40,8 +41,8 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
     let Some((program, args)) = filled.split_first() else {
         return Err(Error::usage("missing command").hint("write the command after --: -- CMD {memory}"));
     };
-    let mut command = Command::new(program);
-    own_session(&mut command)
+    let mut command = Session::new(program);
+    command
         .args(args)
         .envs(values.variables())
         .env("STENCIL_TEMPLATE", active.order.target.digest.to_string());
@@ -51,7 +52,7 @@ pub fn run(active: &ActiveLaunch<'_>, argv: &[String], ready: Ready, entry: &mut
             let (notified, notify) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
                 .map_err(|e| Error::failed("cannot create a pipe").because(e.into()))?;
             command.env("STENCIL_NOTIFY", notify.as_raw_fd().to_string());
-            inherit(&mut command, notify);
+            command.inherit(notify);
             Some(notified)
         }
     };
@@ -91,21 +92,26 @@ pub fn kill(mut child: Child, entry: &Entry, error: Error) -> Error {
 ///
 /// # Errors
 /// Returns an error if the program cannot be started or the record cannot be written.
-pub fn spawn(command: &mut Command, entry: &mut Entry) -> Result<Child> {
-    let out = entry.open_log(LOG)?;
-    spawn_with(command, entry, Stdio::null(), out.into())
+pub fn spawn(command: &mut Session, entry: &mut Entry) -> Result<Child> {
+    let null = File::open("/dev/null").map_err(|e| Error::io("cannot open", "/dev/null", e))?;
+    let output = entry.open_log(LOG)?;
+    spawn_with(command, entry, null.as_fd(), output.as_fd())
 }
 
 /// Same as [`spawn`] with another standard input and output.
 ///
 /// # Errors
 /// Same as [`spawn`].
-pub fn spawn_with(command: &mut Command, entry: &mut Entry, input: Stdio, output: Stdio) -> Result<Child> {
+pub fn spawn_with(
+    command: &mut Session,
+    entry: &mut Entry,
+    input: BorrowedFd<'_>,
+    output: BorrowedFd<'_>,
+) -> Result<Child> {
     let errors = entry.open_log(LOG)?;
-    command.env("STENCIL_DIR", &entry.dir).stdin(input).stdout(output).stderr(Stdio::from(errors));
-    let program = command.get_program().to_owned();
-    let mut child = command.spawn().map_err(|e| {
-        Error::io("cannot start the command", &program, e)
+    command.env("STENCIL_DIR", &entry.dir);
+    let mut child = command.spawn([input, output, errors.as_fd()]).map_err(|e| {
+        Error::io("cannot start the command", command.program(), e)
             .hint("check that the program is installed and executable")
     })?;
     let noted = ProcessId::of(child.id()).and_then(|id| id.map_or(Ok(()), |id| entry.set_process(id)));

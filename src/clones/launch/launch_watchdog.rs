@@ -9,22 +9,23 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
-use std::process::{Child, ExitCode, Stdio};
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 
-use crate::clones::helper_process::this_program;
+use crate::clones::helper_process::session;
 use crate::clones::launch::worker;
 use crate::clones::registry::{self, Ending, Entry, Launch};
 use crate::error::{Error, Result};
+use crate::sys::process::ProcessId;
 use crate::sys::process::exit_status::ExitStatus;
 use crate::sys::process::inherited;
-use crate::sys::process::{ProcessId, own_session};
+use crate::sys::process::session::Child;
 
 /// The argument that makes this program a watchdog.
 pub const ARGUMENT: &str = "launch-watchdog";
@@ -34,7 +35,11 @@ const STAYS: &[u8] = b"stays\n";
 
 /// The watchdog of a launch. Dropping this value tells the watchdog that the launch is over, and waits until the
 /// watchdog has removed the clones or watches them.
-pub struct Watchdog(Child);
+pub struct Watchdog {
+    child: Child,
+    input: Option<PipeWriter>,
+    output: PipeReader,
+}
 
 impl Watchdog {
     /// Returns the process of the watchdog.
@@ -42,20 +47,18 @@ impl Watchdog {
     /// # Errors
     /// Returns an error if the watchdog has exited.
     pub fn process(&self) -> Result<ProcessId> {
-        let process = ProcessId::of(self.0.id())?;
+        let process = ProcessId::of(self.child.id())?;
         process.ok_or_else(|| Error::failed("the watchdog of the launch exited"))
     }
 }
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        drop(self.0.stdin.take());
+        drop(self.input.take());
         let mut message = Vec::new();
-        if let Some(mut stdout) = self.0.stdout.take() {
-            let _ = stdout.read_to_end(&mut message);
-        }
+        let _ = self.output.read_to_end(&mut message);
         if message.is_empty() {
-            let _ = self.0.wait();
+            let _ = self.child.wait();
         }
     }
 }
@@ -65,11 +68,14 @@ impl Drop for Watchdog {
 /// # Errors
 /// Returns an error if the process cannot be started.
 pub fn start(launch: &Launch) -> Result<Watchdog> {
-    let mut command = this_program();
-    own_session(&mut command).args([ARGUMENT, launch.id()]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let child =
-        command.spawn().map_err(|e| Error::failed("cannot start the watchdog of the launch").because(e))?;
-    Ok(Watchdog(child))
+    let start = || {
+        let ((its_input, input), (output, its_output)) = (std::io::pipe()?, std::io::pipe()?);
+        let mut session = session();
+        session.args([ARGUMENT, launch.id()]);
+        let child = session.spawn([its_input.as_fd(), its_output.as_fd(), std::io::stderr().as_fd()])?;
+        Ok(Watchdog { child, input: Some(input), output })
+    };
+    start().map_err(|e| Error::failed("cannot start the watchdog of the launch").because(e))
 }
 
 /// Runs the watchdog.

@@ -12,6 +12,7 @@ use crate::clones::agent::Clock;
 use crate::clones::recipe::Recipe;
 use crate::clones::registry::{Entry, Kind};
 use crate::clones::vmm::Served;
+use crate::sys::process::session::Child;
 
 /// The kind of the clones to launch.
 #[derive(Debug, Clone)]
@@ -134,5 +135,5 @@ pub struct Launched {
     /// Outcomes of setting the clocks of QEMU clones, in no particular order.
     pub clocks: Vec<Clock>,
     /// The clones that are children of this process, for a caller that waits for them.
-    pub children: Vec<std::process::Child>,
+    pub children: Vec<Child>,
 }

@@ -1,7 +1,6 @@
 //! QEMU clones: starts QEMU by the template's recipe, loads the device state and resumes the guest.
 
 use std::collections::BTreeSet;
-use std::process::{Child, Command};
 
 use serde_json::json;
 
@@ -14,7 +13,8 @@ use crate::clones::qmp::Qmp;
 use crate::clones::recipe::{Needs, Recipe};
 use crate::clones::registry::{Entry, LOG};
 use crate::error::{Error, Result};
-use crate::sys::process::{ProcessId, own_session};
+use crate::sys::process::ProcessId;
+use crate::sys::process::session::{Child, Session};
 use crate::units::to_usize;
 
 /// Maximum number of attempts to start a clone, each with new ports and addresses, if another process uses one of them.
@@ -76,8 +76,8 @@ fn resume_once(
     let channel = Channel::of(&arguments);
     let mut words = arguments.iter().flat_map(|arg| arg.split([',', '=', ':']));
     words.by_ref().filter(|word| word.ends_with(".sock")).try_for_each(expect_short)?;
-    let mut command = Command::new(&recipe.program);
-    own_session(&mut command).args(arguments).envs(values.variables());
+    let mut command = Session::new(&recipe.program);
+    command.args(arguments).envs(values.variables());
     // The launcher's working directory would keep its file system busy.
     command.current_dir(&entry.dir);
     // An earlier attempt may have left its socket.

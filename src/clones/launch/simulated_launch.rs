@@ -1,8 +1,8 @@
 //! Simulated launches, the launcher's side: sends start requests to a zygote and receives its status messages.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -12,14 +12,15 @@ use super::active_launch::ActiveLaunch;
 use super::job::{self, OrderFile};
 use super::order::{LaunchRequest, Launched};
 use super::simulate::Simulate;
-use crate::clones::helper_process::this_program;
+use crate::clones::helper_process::session;
 use crate::clones::launch::zygote;
 use crate::clones::registry::{self, Entry, SharedRecord, process_tree};
 use crate::error::{Error, Result};
 use crate::memory::zero_runs;
 use crate::store::{BLOCK_SIZE, FileKind, Store, TemplateFile};
 use crate::sys::poll::poll_for;
-use crate::sys::process::{ProcessId, own_session};
+use crate::sys::process::ProcessId;
+use crate::sys::process::session::Child;
 use crate::units::{Bytes, PAGE_SIZE};
 
 /// Interval of the checks whether the launch was cancelled.
@@ -35,8 +36,9 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Ready clones that are still bound to their zygote: unless released, they die with it.
 pub struct Held {
     zygote: Child,
-    input: ChildStdin,
-    output: ChildStdout,
+    input: PipeWriter,
+    output: PipeReader,
+    errors: PipeReader,
     /// The beginning of a message whose end was not received yet.
     partial: Vec<u8>,
 }
@@ -94,9 +96,7 @@ impl Held {
     fn error_output(&mut self) -> String {
         let _ = self.zygote.kill();
         let mut text = String::new();
-        if let Some(stderr) = &mut self.zygote.stderr {
-            let _ = stderr.take(1000).read_to_string(&mut text);
-        }
+        let _ = (&mut self.errors).take(1000).read_to_string(&mut text);
         let _ = self.zygote.wait();
         if text.is_empty() { text } else { format!(": {}", text.trim_end()) }
     }
@@ -289,18 +289,22 @@ fn job_of(order: &LaunchRequest<'_>, simulate: &Simulate) -> Result<job::Order> 
 
 fn start_process(order: &job::Order) -> Result<Held> {
     let failed = |e| Error::failed("cannot start the process that starts the simulated clones").because(e);
-    let mut command = this_program();
-    own_session(&mut command).arg(zygote::ARGUMENT);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // Saves memory: an environment would cost every worker a page.
-    command.env_clear().env("STENCIL_RUNTIME_DIR", registry::runtime_root());
-    command.envs(std::env::var_os("STENCIL_TEST_RUN").map(|run| ("STENCIL_TEST_RUN", run)));
-    let mut zygote = command.spawn().map_err(failed)?;
-    let (Some(mut input), Some(output)) = (zygote.stdin.take(), zygote.stdout.take()) else {
-        return Err(Error::failed("the process that starts the simulated clones has no standard streams"));
+    let start = || -> io::Result<Held> {
+        let ((its_input, input), (output, its_output)) = (io::pipe()?, io::pipe()?);
+        let (errors, its_errors) = io::pipe()?;
+        // A small environment saves memory: a large one would cost every worker a page.
+        let mut session = session();
+        session
+            .arg(zygote::ARGUMENT)
+            .clear_env()
+            .env("STENCIL_RUNTIME_DIR", registry::runtime_root())
+            .envs(std::env::var_os("STENCIL_TEST_RUN").map(|run| ("STENCIL_TEST_RUN", run)));
+        let zygote = session.spawn([its_input.as_fd(), its_output.as_fd(), its_errors.as_fd()])?;
+        Ok(Held { zygote, input, output, errors, partial: vec![] })
     };
+    let mut held = start().map_err(failed)?;
     let job = serde_json::to_string(order)
         .map_err(|e| Error::failed(format!("cannot encode the job of the simulated clones: {e}")))?;
-    writeln!(input, "{job}").map_err(failed)?;
-    Ok(Held { zygote, input, output, partial: vec![] })
+    writeln!(held.input, "{job}").map_err(failed)?;
+    Ok(held)
 }

@@ -16,6 +16,8 @@ pub mod loop_devices;
 pub mod mount;
 pub mod read_ahead;
 #[cfg(feature = "internals")]
+pub mod private_mounts;
+#[cfg(feature = "internals")]
 pub mod stream;
 #[cfg(feature = "internals")]
 pub mod trust;

@@ -11,11 +11,11 @@ mod id;
 pub mod inherited;
 #[cfg(feature = "internals")]
 pub mod paused;
-#[cfg(feature = "internals")]
-pub mod private_mounts;
 pub mod procfs;
 #[cfg(feature = "internals")]
 pub mod search_path;
+#[cfg(feature = "internals")]
+pub mod session;
 pub mod tasks;
 pub mod threads;
 #[cfg(feature = "internals")]

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::process::{Child, Command};
 
 use serde_json::json;
 
@@ -16,7 +15,7 @@ use crate::clones::registry::{API_SOCKET, Entry};
 use crate::clones::vmm;
 use crate::clones::vmm_api::{Api, Server};
 use crate::error::{Error, Result};
-use crate::sys::process::own_session;
+use crate::sys::process::session::{Child, Session};
 
 /// Starts the Cloud Hypervisor of one clone, and returns when it has restored the snapshot. The guest is paused.
 ///
@@ -32,8 +31,8 @@ pub fn load(active: &ActiveLaunch<'_>, snapshot: &CloudHypervisor, entry: &mut E
     };
     expect_short(&socket.path.display().to_string())?;
     write_files(active, snapshot, entry)?;
-    let mut command = Command::new(&snapshot.program);
-    own_session(&mut command).args(["--api-socket", API_SOCKET]).current_dir(&entry.dir);
+    let mut command = Session::new(&snapshot.program);
+    command.args(["--api-socket", API_SOCKET]).current_dir(&entry.dir);
     let mut child = spawn(&mut command, entry)?;
     let wait = ReadyWait::new(active);
     let body = json!({"source_url": format!("file://{}", entry.dir.display())});

@@ -1,10 +1,10 @@
 //! Firecracker clones: starts Firecracker and loads the template's snapshot through its API.
 
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::process::{Child, Command};
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use crate::clones::recipe::Escape;
 use crate::clones::registry::{API_SOCKET, Entry, SERIAL_INPUT, SERIAL_LOG, VMM_LOG};
 use crate::clones::vmm_api::{Api, Server};
 use crate::error::{Error, Result};
-use crate::sys::process::own_session;
+use crate::sys::process::session::{Child, Session};
 
 /// Starts the Firecracker of one clone, and returns when it has loaded the snapshot. The guest is paused.
 ///
@@ -54,7 +54,7 @@ pub fn load(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> 
         expect_short(&path.display().to_string())?;
     }
     let (input, output) = (serial_input(entry)?, entry.open_log(SERIAL_LOG)?);
-    let mut child = spawn_with(&mut command, entry, input.into(), output.into())?;
+    let mut child = spawn_with(&mut command, entry, input.as_fd(), output.as_fd())?;
     let wait = ReadyWait::new(active);
     let loaded = connect(&wait, &mut child, entry, &socket, |path| Api::connect(Server::Firecracker, path))
         .and_then(|mut api| {
@@ -72,11 +72,11 @@ pub fn load(active: &ActiveLaunch<'_>, microvm: &Microvm, entry: &mut Entry) -> 
 }
 
 /// Returns the command that starts Firecracker.
-fn without_jail(microvm: &Microvm, entry: &Entry) -> Result<Command> {
+fn without_jail(microvm: &Microvm, entry: &Entry) -> Result<Session> {
     entry.open_log(VMM_LOG)?;
-    let mut command = Command::new(&microvm.program);
+    let mut command = Session::new(&microvm.program);
     // Relative paths in the snapshot (vsock, disks) become paths in the clone's directory.
-    own_session(&mut command)
+    command
         .args(["--id", &entry.id, "--api-sock", API_SOCKET, "--log-path", VMM_LOG])
         .current_dir(&entry.dir);
     Ok(command)

@@ -8,7 +8,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{fchown, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::Value;
 
@@ -16,9 +15,9 @@ use crate::clones::launch::order::Jailer;
 use crate::clones::launch::target::Target;
 use crate::clones::registry::{API_SOCKET, Entry, VMM_LOG};
 use crate::error::{Error, Result};
+use crate::sys::files::private_mounts::{PrivateMount, enter_namespace};
 use crate::sys::probe;
-use crate::sys::process::own_session;
-use crate::sys::process::private_mounts::{PrivateMount, enter_namespace};
+use crate::sys::process::session::Session;
 use crate::units::Bytes;
 
 /// Directory of the template in the jail.
@@ -98,9 +97,9 @@ pub fn enter_mount_namespace() -> Result<()> {
 }
 
 /// Returns the command that starts Firecracker in the jail of a clone.
-pub fn command(jailer: &Jailer, program: &Path, entry: &Entry) -> Command {
-    let mut command = Command::new(&jailer.program);
-    own_session(&mut command)
+pub fn command(jailer: &Jailer, program: &Path, entry: &Entry) -> Session {
+    let mut command = Session::new(&jailer.program);
+    command
         .args(["--id", &entry.id, "--uid", &jailer.uid.to_string(), "--gid", &jailer.gid.to_string()])
         .arg("--exec-file")
         .arg(program)

@@ -28,7 +28,8 @@ pub use protocol::options::{
     DEFAULT_READ_AHEAD, MountOptions, OnDamage, ServeMode, parse_read_ahead, parse_seconds,
 };
 pub use protocol::snapshot::{
-    BackingKind, BackingRow, Cache, Chosen, CondemnedRow, FileKey, ServerEnd, ServerRow, Snapshot, Stage,
+    BackingKind, BackingRow, Cache, Chosen, CondemnedRow, FileKey, Latency, ServerEnd, ServerRow, Snapshot,
+    Stage,
 };
 pub use protocol::wire::{Channel, MAX_MESSAGE, Received};
 pub use runtime::runtime_dir;

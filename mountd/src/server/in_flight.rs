@@ -4,11 +4,11 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use stencilfs::control::{InFlightTable, Phase, RequestInfo, THREAD_SLOTS};
+use stencilfs::control::{InFlightTable, Op, Phase, RequestInfo, THREAD_SLOTS};
 use stencilfs::error::{Error, Result};
 use stencilfs::sys::process::times;
 
-use crate::protocol::stats::{Counter, Stats};
+use crate::protocol::stats::{Counter, Stats, Timed};
 
 /// Number of threads that have a slot. Threads of fuser live as long as the process.
 static THREADS: AtomicUsize = AtomicUsize::new(0);
@@ -116,6 +116,13 @@ impl Drop for Flight {
             Place::Thread(thread) => self.flights.table.clear(thread),
             Place::Parked(number) => self.flights.table.unpark(number, None),
         }
-        self.flights.stats.count(Counter::Answers);
+        let stats = &self.flights.stats;
+        stats.count(Counter::Answers);
+        let timed = match self.request.op {
+            Op::Read => Timed::Read,
+            Op::Open => Timed::Open,
+            _ => return,
+        };
+        stats.time(timed, times::since_boot().saturating_sub(self.arrived));
     }
 }

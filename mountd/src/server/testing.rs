@@ -373,5 +373,6 @@ pub fn snapshot(world: &World, removed: Option<bool>) -> Snapshot {
         store_id: String::new(),
         condemned: world.condemned_rows(removed),
         counters: BTreeMap::new(),
+        latencies: BTreeMap::new(),
     }
 }

@@ -433,7 +433,7 @@ impl Supervisor {
     }
 
     fn snapshot(&self, serving_only: bool) -> Snapshot {
-        self.machine.snapshot(self.process, serving_only, self.resources.stats.all())
+        self.machine.snapshot(self.process, serving_only, self.resources.stats.figures())
     }
 }
 

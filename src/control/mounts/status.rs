@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::registry::{LOG_FILE, Mount};
 use crate::control::protocol::options::ServeMode;
-use crate::control::protocol::snapshot::{BackingKind, Cache, FileKey, ServerEnd, Snapshot};
+use crate::control::protocol::snapshot::{BackingKind, Cache, FileKey, Latency, ServerEnd, Snapshot};
 use crate::error::Result;
 use crate::sanitize;
 use crate::store::{Digest, FileKind, Serving, Store};
@@ -69,6 +69,8 @@ pub struct MountStatus {
     pub templates: Vec<TemplateStatus>,
     /// Counters since the start of the mount, by name.
     pub counters: BTreeMap<String, u64>,
+    /// Durations of requests since the start of the mount, by operation: `read` and `open`.
+    pub latencies: BTreeMap<String, Latency>,
 }
 
 /// How a file of a mount is served. Unlike [`Serving`], which the inode number determines, this tells the two kinds of
@@ -197,6 +199,7 @@ impl MountStatus {
             cache_used: Bytes::new(snapshot.backings.iter().map(|b| b.reserved).sum()),
             templates,
             counters: snapshot.counters,
+            latencies: snapshot.latencies,
         }
     }
 }

@@ -129,6 +129,17 @@ pub struct CondemnedRow {
     pub removed: bool,
 }
 
+/// Durations of requests, from their arrival in a server until the reply.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// Upper bounds of the buckets, in seconds.
+    pub bounds_seconds: Vec<f64>,
+    /// Number of requests in each bucket; one bucket more than bounds, for longer durations.
+    pub counts: Vec<u64>,
+    /// Sum of all durations, in seconds.
+    pub sum_seconds: f64,
+}
+
 /// The state of a supervisor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -174,4 +185,7 @@ pub struct Snapshot {
     pub condemned: Vec<CondemnedRow>,
     /// Counters since the start of the mount, by name.
     pub counters: BTreeMap<String, u64>,
+    /// Durations of READs and OPENs since the start of the mount, by operation.
+    #[serde(default)]
+    pub latencies: BTreeMap<String, Latency>,
 }

@@ -15,6 +15,7 @@ use stencilfs::units::to_usize;
 
 use super::hydrate::{PIECE, drop_cache, now, pieces};
 use super::{Backings, RETRY_INTERVAL, State};
+use crate::protocol::stats::Counter;
 use crate::protocol::{FileKey, ServerRequest};
 use crate::server::tree::Tree;
 
@@ -66,6 +67,7 @@ impl Backings {
         let at = now();
         let damage = match self.verify_again(tree, key) {
             Ok(()) => {
+                self.stats.count(Counter::ScrubsDone);
                 log::info!("the blocks of template {} file {} were verified again", key.digest, key.file);
                 None
             }
@@ -96,6 +98,7 @@ impl Backings {
             }
         }
         if let Some(damage) = &damage {
+            self.stats.count(Counter::ScrubsDamaged);
             log::error!(
                 "template {} file {} was damaged after its verification: {damage}; new opens are served by decode; end \
                  the clones that map the file, import the same memory again, and mount again",
@@ -131,6 +134,7 @@ impl Backings {
             let before = Instant::now();
             drop_cache(&backing, &piece);
             self.hydrator.verify_piece(&template, file, &backing, &piece, &mut buffer)?;
+            self.stats.add(Counter::ScrubbedBytes, piece.end - piece.start);
             thread::sleep(before.elapsed() * PAUSE_FACTOR);
         }
         Ok(())

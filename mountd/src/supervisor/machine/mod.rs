@@ -24,7 +24,7 @@ mod removal;
 mod server_requests;
 mod shutdown;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,6 +44,7 @@ use self::shutdown::{OnSignal, Shutdown};
 use super::event::{Action, CallerId, Event, Inputs, JobId, Role, ServerId, Started, Task};
 use super::program::Program;
 use crate::protocol::Numbered;
+use crate::protocol::stats::Figures;
 
 /// Delay before another attempt to write a record.
 const RECORD_RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -208,7 +209,7 @@ impl Machine {
 
     /// Returns the mount state, for the ledger and for `stencil status`. With `serving_only`, the state contains the
     /// current server only if it serves.
-    pub fn snapshot(&self, supervisor: ProcessId, serving_only: bool, counters: Counters) -> Snapshot {
+    pub fn snapshot(&self, supervisor: ProcessId, serving_only: bool, figures: Figures) -> Snapshot {
         let server = self.lifecycle.current().map(|server| server.row.clone());
         let backoff = self.lifecycle.backoff();
         Snapshot {
@@ -232,7 +233,8 @@ impl Machine {
             backings: self.backings.rows(),
             store_id: self.mount.store_id.clone(),
             condemned: self.removal.rows(),
-            counters,
+            counters: figures.counters,
+            latencies: figures.latencies,
         }
     }
 
@@ -490,9 +492,6 @@ impl Machine {
         }
     }
 }
-
-/// Counters by name.
-pub type Counters = BTreeMap<String, u64>;
 
 #[cfg(test)]
 mod tests;

@@ -192,7 +192,7 @@ fn a_removal_gets_its_response_when_the_server_applies_the_list() {
     assert!(world.kernel.is_empty(), "the backing is closed after the server has dropped it");
     world.apply_condemned_list();
     assert_eq!(world.seen("Settled"), 2);
-    assert!(world.machine.snapshot(model::process(1), false, Counters::new()).condemned.is_empty());
+    assert!(world.machine.snapshot(model::process(1), false, Figures::default()).condemned.is_empty());
 }
 
 /// Otherwise a server that never reads of the removal would answer opens with a closed backing, once the same image is
@@ -211,7 +211,7 @@ fn backings_of_a_removal_that_died_are_closed_when_the_server_has_dropped_them()
     assert!(world.kernel.is_empty());
     world.apply_condemned_list();
     assert!(!world.open_passthrough(Key(0)));
-    assert!(world.machine.snapshot(model::process(1), false, Counters::new()).condemned.is_empty());
+    assert!(world.machine.snapshot(model::process(1), false, Figures::default()).condemned.is_empty());
 }
 
 #[test]
@@ -316,7 +316,7 @@ fn signals_unmount_then_abort() {
     assert_eq!(world.seen("Unmount(Force)"), 0);
     world.send(Event::Signal { may_abort: true });
     assert_eq!(world.seen("Unmount(Force)"), 1);
-    assert!(world.machine.snapshot(model::process(1), false, Counters::new()).draining);
+    assert!(world.machine.snapshot(model::process(1), false, Figures::default()).draining);
     let actions = world.machine.drain();
     world.execute(actions);
     assert_eq!(world.seen("Unmount(Plain)"), 2);
@@ -384,7 +384,7 @@ fn queries_are_answered_from_the_state() {
 fn a_takeover_keeps_the_current_and_the_leaving_servers() {
     let mut world = serving_world();
     world.hydrate(Key(0)).expect("a backing");
-    let state = world.machine.snapshot(model::process(1), false, Counters::new());
+    let state = world.machine.snapshot(model::process(1), false, Figures::default());
     let row = state.server.clone();
     let initial_state = InitialState {
         server: row,
@@ -402,7 +402,7 @@ fn a_takeover_keeps_the_current_and_the_leaving_servers() {
         Machine::new(InitialState { server: starting, ..initial::initial() }, &world.inputs());
     assert_eq!(actions.iter().map(model::name).collect::<Vec<_>>(), ["Save", "WriteRecord"]);
     assert!(
-        machine.snapshot(model::process(1), true, Counters::new()).server.is_none(),
+        machine.snapshot(model::process(1), true, Figures::default()).server.is_none(),
         "the server does not serve yet"
     );
 }

@@ -376,7 +376,7 @@ impl World {
             }
             Action::StartJob(id, task) => self.start_job(id, task),
             Action::Save => {
-                let snapshot = self.machine.snapshot(process(1), false, Counters::new());
+                let snapshot = self.machine.snapshot(process(1), false, Figures::default());
                 let ready = snapshot.backings.iter().filter_map(|row| Some((Key::of(&row.key), row.id?)));
                 self.saved = Some((snapshot.condemned, ready.collect()));
             }

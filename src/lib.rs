@@ -68,6 +68,9 @@ pub mod control;
 pub mod error;
 #[cfg(all(feature = "cli", any(test, fuzzing)))]
 pub mod fuzz;
+#[cfg(feature = "internals")]
+#[cfg_attr(not(document_internals), doc(hidden))]
+pub mod json_log;
 pub mod memory;
 #[cfg(feature = "internals")]
 #[cfg_attr(not(document_internals), doc(hidden))]

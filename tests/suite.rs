@@ -15,6 +15,7 @@ mod cli;
 mod clones;
 mod failover;
 mod kernel;
+mod metrics;
 mod mount;
 mod packaging;
 mod project;

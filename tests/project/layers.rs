@@ -8,9 +8,10 @@ use crate::support::pages::imports::{Crate, circles, module_path};
 
 /// Layer of each module of the library; the same number may not import each other. Every module may import those of
 /// layer 0.
-const LAYERS: [(&str, u32); 11] = [
+const LAYERS: [(&str, u32); 12] = [
     ("units", 0),
     ("error", 0),
+    ("json_log", 0),
     ("progress", 0),
     ("sanitize", 0),
     ("sys", 1),

@@ -101,7 +101,7 @@ impl Watcher {
         let directory = self.tree.ino(&Node::Template(*digest));
         for file in template.files() {
             device::invalidate_name(&self.fuse, directory, &file.name).unwrap_or_else(|e| {
-                log::warn!("cannot invalidate {digest}/{} in the kernel: {e}", file.name)
+                log::warn!(template:% = digest, file = file.name; "cannot invalidate {digest}/{} in the kernel: {e}", file.name)
             });
         }
     }

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 
 use stencilfs::control::{self, LOG_FILE, MountOptions, RecordDir};
 use stencilfs::error::{Error, Result};
+use stencilfs::json_log;
 use stencilfs::sys::fuse::device;
 use stencilfs::sys::process;
 use stencilfs::sys::process::inherited;
@@ -151,6 +152,8 @@ fn acquire_mount(options: MountOptions, manager: &mut ServiceManager) -> Result<
     };
     let facts = &mut acquired.initial_state.mount;
     facts.options.foreground = options.foreground;
+    facts.options.log_format = options.log_format;
+    json_log::set_mount(&facts.options.mountpoint);
     if !options.foreground {
         leave_terminal(&acquired.resources.record).inspect_err(|_| {
             if is_new {

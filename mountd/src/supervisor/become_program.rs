@@ -8,6 +8,7 @@ use std::process::Command;
 
 use stencilfs::control::Channel;
 use stencilfs::error::Error;
+use stencilfs::json_log;
 use stencilfs::sys::files::descriptor;
 use stencilfs::sys::process;
 
@@ -52,6 +53,7 @@ fn exec_with(
 ) -> io::Result<io::Error> {
     let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
     command.arg0("stencil-mountd").arg("resume").arg(named_fds::argument(named)).arg("--").arg(mountpoint);
+    command.env(json_log::VARIABLE, json_log::format().name());
     // Signals stay blocked across execve(2) and are handled by the new program.
     process::block_signals(true)?;
     let error = match named.iter().try_for_each(|(_, fd)| descriptor::clear_cloexec(fd).map(drop)) {

@@ -61,6 +61,7 @@ impl DamagedReaders {
                     _ => "",
                 };
                 log::error!(
+                    template:% = key.digest, file = key.file;
                     "{}: {done} process {} ({}), which needs this page, and the page cannot be read{advice}; \
                      if the log reports damage, import the same memory again to repair the template",
                     place(),
@@ -73,6 +74,7 @@ impl DamagedReaders {
                     let kind = if status.is_kernel_thread { "of the kernel" } else { "of this mount" };
                     let name = sanitize(&status.name);
                     log::warn!(
+                        template:% = key.digest, file = key.file;
                         "{}: thread {thread} {kind} ({name}) needs this page, which cannot be read, and gets EIO",
                         place()
                     );
@@ -81,6 +83,7 @@ impl DamagedReaders {
             Ok(Target::Ended) => {}
             Err(error) => {
                 log::error!(
+                    template:% = key.digest, file = key.file;
                     "{}: a process that needs this page was not {done}: {error}; the READ fails with EIO: \
                      end the clones of this template",
                     place()

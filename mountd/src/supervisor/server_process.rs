@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use stencilfs::control::Channel;
 use stencilfs::error::{Error, Result};
+use stencilfs::json_log;
 use stencilfs::sys::process::cgroup::OomKills;
 use stencilfs::sys::process::{self, Ended, ProcessId};
 
@@ -74,6 +75,7 @@ impl ServerProcess {
             .args((role == Role::Candidate).then_some(BESIDE))
             .args([&named_fds::argument(&named), "--"])
             .arg(mountpoint);
+        command.env(json_log::VARIABLE, json_log::format().name());
         for variable in MANAGER_VARIABLES {
             command.env_remove(variable);
         }

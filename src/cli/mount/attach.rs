@@ -12,6 +12,7 @@ use crate::cli::output::{Done, Report};
 use crate::cli::{Global, value_parsers};
 use crate::control::{self, MountOptions, OnDamage, ServeMode};
 use crate::error::{Error, Result};
+use crate::json_log::LogFormat;
 use crate::sanitize::path_text;
 use crate::sys::files::read_ahead;
 use crate::units::Bytes;
@@ -31,7 +32,7 @@ pub struct MountArgs {
     #[arg(short = 'f', long)]
     foreground: bool,
     /// Options in the form of mount(8): serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=,
-    /// scrub-interval=, read-ahead=, noexec
+    /// scrub-interval=, read-ahead=, log-format=, noexec
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
     /// Way to serve files: auto, kernel, passthrough or decode
@@ -58,6 +59,9 @@ pub struct MountArgs {
     /// Bytes that the kernel reads ahead by decode and kernel decode; 0 for none [default: 512K and 4M]
     #[arg(long, value_name = "SIZE", value_parser = value_parsers::read_ahead)]
     read_ahead: Option<Bytes>,
+    /// Form of the log: text or json [default: text]
+    #[arg(long, value_name = "FORM", value_parser = value_parsers::word::<LogFormat>)]
+    log_format: Option<LogFormat>,
 }
 
 struct Mounted {
@@ -89,6 +93,7 @@ impl MountArgs {
         options.on_damage = self.on_damage.unwrap_or(options.on_damage);
         options.scrub_interval = self.scrub_interval.unwrap_or(options.scrub_interval);
         options.read_ahead = self.read_ahead.or(options.read_ahead);
+        options.log_format = self.log_format.unwrap_or(options.log_format);
         options.foreground = self.foreground;
         Ok(options)
     }

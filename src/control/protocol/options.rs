@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::store::BLOCK_SIZE;
+use crate::json_log::LogFormat;
 use crate::units::{Bytes, PAGE_SIZE};
 
 /// How the files of a mount are served.
@@ -122,6 +123,9 @@ pub struct MountOptions {
     pub noexec: bool,
     /// The supervisor stays in the foreground, in the session of its caller.
     pub foreground: bool,
+    /// Form of the log of supervisor and server.
+    #[serde(default)]
+    pub log_format: LogFormat,
 }
 
 /// Default of [`MountOptions::hydrate_timeout`].
@@ -142,7 +146,7 @@ pub const DEFAULT_READ_AHEAD: Bytes = Bytes::new(8 * BLOCK_SIZE);
 const KERNEL_READ_AHEAD: Bytes = Bytes::new(4 << 20);
 
 /// Options of `-o` that are specific to Stencil and take a value.
-const WITH_VALUE: [&str; 8] = [
+const WITH_VALUE: [&str; 9] = [
     "serve",
     "cache-dir",
     "cache-size",
@@ -151,6 +155,7 @@ const WITH_VALUE: [&str; 8] = [
     "on-damage",
     "scrub-interval",
     "read-ahead",
+    "log-format",
 ];
 
 /// Largest value of [`MountOptions::read_ahead`].
@@ -234,6 +239,7 @@ impl MountOptions {
             read_ahead: None,
             noexec: false,
             foreground: false,
+            log_format: LogFormat::default(),
         }
     }
 
@@ -260,7 +266,7 @@ impl MountOptions {
                 _ if Self::knows(word) => {}
                 _ => {
                     return Err(Error::usage(format!("unknown mount option '{word}'")).hint(
-                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, scrub-interval=, read-ahead=, noexec or the usual options of fstab",
+                        "use serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, scrub-interval=, read-ahead=, log-format=, noexec or the usual options of fstab",
                     ));
                 }
             }
@@ -293,6 +299,7 @@ impl MountOptions {
             "on-damage" => self.on_damage = text()?.parse()?,
             "scrub-interval" => self.scrub_interval = parse_seconds(text()?)?,
             "read-ahead" => self.read_ahead = Some(parse_read_ahead(text()?)?),
+            "log-format" => self.log_format = text()?.parse()?,
             _ => return Err(Error::usage(format!("unknown option '{key}'"))),
         }
         Ok(())
@@ -321,6 +328,7 @@ impl MountOptions {
         if let Some(size) = self.read_ahead {
             push("read-ahead", OsStr::new(&size.get().to_string()));
         }
+        push("log-format", OsStr::new(self.log_format.name()));
         for (flag, set) in [("--noexec", self.noexec), ("--foreground", self.foreground)] {
             if set {
                 args.push(flag.into());

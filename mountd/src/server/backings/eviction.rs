@@ -43,7 +43,7 @@ impl Backings {
                 opens.extend(waiting);
                 if evicted.contains(&key) {
                     self.stats.count(Counter::Evictions);
-                    log::info!("evicted the unused backing of template {} file {}", key.digest, key.file);
+                    log::info!(template:% = key.digest, file = key.file; "evicted the unused backing of template {} file {}", key.digest, key.file);
                 } else {
                     states.insert(key, State::Ready(ready));
                 }

@@ -257,7 +257,8 @@ impl Backings {
 
     fn run(&self, job: Job) {
         self.stats.count(Counter::HydrationsStarted);
-        log::info!("hydrating template {} file {}", job.key.digest, job.key.file);
+        let FileKey { digest, file } = &job.key;
+        log::info!(template:% = digest, file; "hydrating template {digest} file {file}");
         let start = Instant::now();
         // Before the state is read: a deadline that passes later then reports its reason later too.
         self.report_reason(&job.key, None);
@@ -302,6 +303,7 @@ impl Backings {
             Ok(ready) => {
                 self.stats.count(Counter::HydrationsDone);
                 log::info!(
+                    template:% = job.key.digest, file = job.key.file;
                     "the backing of template {} file {} is ready after {:.2} s",
                     job.key.digest,
                     job.key.file,
@@ -316,7 +318,7 @@ impl Backings {
             }
             Err(error) => {
                 self.stats.count(Counter::HydrationsFailed);
-                log::warn!("template {} file {} has no backing: {error}", job.key.digest, job.key.file);
+                log::warn!(template:% = job.key.digest, file = job.key.file; "template {} file {} has no backing: {error}", job.key.digest, job.key.file);
                 self.report_reason(&job.key, Some(error.to_string()));
                 let _ = self.hydrator.link().request(&ServerRequest::Abandon { key: job.key.clone() }, None);
                 match self.mode.allows_decode() {
@@ -379,7 +381,7 @@ impl Backings {
         drop(states);
         let why = self.late_reason();
         let level = if self.mode == ServeMode::Kernel { Level::Info } else { Level::Warn };
-        log::log!(level, "template {} file {} is served by decode: {why}", key.digest, key.file);
+        log::log!(level, template:% = key.digest, file = key.file; "template {} file {} is served by decode: {why}", key.digest, key.file);
         self.report_reason(key, Some(why));
         // After the report: if this server dies, its successor reads the reason from the ledger and answers the next
         // lookup with the decode number.

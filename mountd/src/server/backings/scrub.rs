@@ -68,12 +68,13 @@ impl Backings {
         let damage = match self.verify_again(tree, key) {
             Ok(()) => {
                 self.stats.count(Counter::ScrubsDone);
-                log::info!("the blocks of template {} file {} were verified again", key.digest, key.file);
+                log::info!(template:% = key.digest, file = key.file; "the blocks of template {} file {} were verified again", key.digest, key.file);
                 None
             }
             Err(error) if error.code() == Code::Damage => Some(error.to_string()),
             Err(error) => {
                 log::warn!(
+                    template:% = key.digest, file = key.file;
                     "cannot verify template {} file {} again, retrying in {RETRY_INTERVAL:?}: {error}",
                     key.digest,
                     key.file
@@ -100,6 +101,7 @@ impl Backings {
         if let Some(damage) = &damage {
             self.stats.count(Counter::ScrubsDamaged);
             log::error!(
+                template:% = key.digest, file = key.file;
                 "template {} file {} was damaged after its verification: {damage}; new opens are served by decode; end \
                  the clones that map the file, import the same memory again, and mount again",
                 key.digest,

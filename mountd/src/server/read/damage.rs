@@ -38,6 +38,7 @@ impl DamagedRead {
         let request = ServerRequest::StopReader { thread, key: key.clone(), offset, arrived };
         if let Err(error) = link.request_done(&request) {
             log::error!(
+                template:% = key.digest, file = key.file;
                 "template {} file {} offset {offset}: the process of thread {thread} was not signalled: {error}; \
                  the READ fails with EIO: end the clones of this template",
                 key.digest,

@@ -177,6 +177,7 @@ impl Decoder {
             let id = id.map_or_else(|| "unknown".to_owned(), |id| id.to_string());
             let name = template.files().get(file).map_or("?", |f| f.name.as_str());
             log::error!(
+                template:% = template.digest(), file = name;
                 "template {} file {name} offset {}: {error}; reads of that block, digest {id}, fail with EIO",
                 template.digest(),
                 block * BLOCK_SIZE

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use stencilfs::control::{BackingKind, Cache, Chosen, MountOptions, OnDamage, ServeMode};
+use stencilfs::json_log::LogFormat;
 use stencilfs::units::Bytes;
 
 use super::super::*;
@@ -27,6 +28,7 @@ pub fn initial() -> InitialState {
                 read_ahead: None,
                 noexec: false,
                 foreground: false,
+                log_format: LogFormat::default(),
             },
             store_id: String::new(),
             device: 1,

@@ -1,0 +1,3 @@
+//! Logs as JSON.
+
+pub mod json_log;

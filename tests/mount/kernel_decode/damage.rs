@@ -107,6 +107,8 @@ fn a_byte_flipped_after_the_verification_is_found_by_the_scrub_and_by_no_later_m
     assert!(why.contains("cannot be verified"), "{why}");
     assert_eq!(world.status()["templates"][0]["serving"], "decode");
     assert!(world.log().contains("was damaged after its verification: "));
+    let counted = ["scrubs_done", "scrubs_damaged", "scrubbed_bytes"].map(|name| world.counter(name));
+    assert!(counted[0] > 0 && counted[1] == 1 && counted[2] >= bytes.len() as u64, "{counted:?}");
     drop_caches();
     let path = world.file(&digest, "memory");
     assert_eq!(lost_blocks(&path, &bytes).len(), 1);

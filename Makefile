@@ -121,6 +121,7 @@ doc := $(share)/doc/stencil
 page_dirs := $(sort $(patsubst %/,%,$(dir $(shell find docs -name '*.md'))))
 unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil@.service
 clones_unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil-clones@.service
+exporter_unit := $(DESTDIR)$(PREFIX)/lib/systemd/system/stencil-exporter.service
 completions := $(share)/bash-completion/completions/stencil $(share)/zsh/site-functions/_stencil \
     $(share)/fish/vendor_completions.d/stencil.fish
 
@@ -151,6 +152,7 @@ install-files:
 	ln -srf '$(DESTDIR)$(PREFIX)/bin/stencil' '$(helper)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil@.service' >'$(unit)'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' 'mountd/systemd/stencil-clones@.service' >'$(clones_unit)'
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' mountd/systemd/stencil-exporter.service >'$(exporter_unit)'
 	$(bin)/stencil generate man '$(share)/man/man1'
 	mv '$(share)/man/man1/'*stencil*.8 '$(share)/man/man8/'
 	$(foreach file,$(completions),$(bin)/stencil generate completions \
@@ -158,11 +160,12 @@ install-files:
 	install -m 0644 README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT mountd/debian/copyright '$(doc)/'
 	$(foreach dir,$(page_dirs),install -m 0644 $(wildcard $(dir)/*.md $(dir)/*.svg) '$(doc)/$(dir)/' &&) :
 	install -m 0644 mountd/debian/fstab '$(doc)/examples/fstab'
+	install -m 0644 docs/reference/monitoring/alerts.yml docs/reference/monitoring/dashboard.json '$(doc)/examples/'
 	install -m 0644 '$(bin)/crates.gz' '$(doc)/'
-	chmod 0644 '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \
+	chmod 0644 '$(unit)' '$(clones_unit)' '$(exporter_unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil'*.1 '$(share)/man/man8/'*stencil*.8
 	@$(unit_is_found) || printf '%s\n' 'systemd, man and the shells do not search $(PREFIX). Remaining steps:' \
-	    '    systemctl link $(unit)' '    systemctl link $(clones_unit)' \
+	    '    systemctl link $(unit)' '    systemctl link $(clones_unit)' '    systemctl link $(exporter_unit)' \
 	    '    add $(PREFIX)/bin to PATH and $(PREFIX)/share/man to MANPATH; completions: $(completions)'
 
 install-symbols:
@@ -176,7 +179,7 @@ uninstall:
 	$(foreach program,$(programs),! [ -f '$(DESTDIR)$(PREFIX)/bin/$(program)' ] || \
 	    rm -f "$(symbols)/$(call build_id,$(DESTDIR)$(PREFIX)/bin/$(program)).debug" &&) :
 	rm -f '$(DESTDIR)$(PREFIX)/bin/stencil' '$(DESTDIR)$(PREFIX)/bin/stencil-mountd' \
-	    '$(unit)' '$(clones_unit)' $(foreach file,$(completions),'$(file)') \
+	    '$(unit)' '$(clones_unit)' '$(exporter_unit)' $(foreach file,$(completions),'$(file)') \
 	    '$(share)/man/man1/stencil.1' '$(share)/man/man1/stencil-'*.1 \
 	    '$(share)/man/man8/stencil-mountd.8' '$(share)/man/man8/mount.fuse.stencil.8'
 	rm -rf '$(doc)'

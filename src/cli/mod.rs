@@ -3,6 +3,7 @@
 
 mod clones;
 mod columns;
+mod exporter;
 mod global;
 mod host;
 mod interrupt;
@@ -67,6 +68,7 @@ enum Command {
     Dirty(clones::dirty::DirtyArgs),
     /// Check what this host supports and what reduces sharing
     Doctor(host::doctor::DoctorArgs),
+    Exporter(exporter::ExporterArgs),
     /// Write man pages or shell completions
     #[command(hide = true)]
     Generate(host::generate::GenerateArgs),
@@ -112,6 +114,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Density(args) => clones::density::run(args, global),
         Command::Dirty(args) => clones::dirty::run(args, global),
         Command::Doctor(args) => host::doctor::run(args, global),
+        Command::Exporter(args) => exporter::run(args, global),
         Command::Generate(args) => host::generate::run(args, Cli::command()),
         Command::Mount(args) => mount::attach::run(args, global),
         Command::Umount(args) => mount::umount::run(args, global),
@@ -146,13 +149,17 @@ pub fn main() -> ExitCode {
         }
     };
     cli.global.names_store = matches.value_source("store") != Some(ValueSource::DefaultValue);
+    let daemon = match &cli.command {
+        Command::Exporter(args) if args.serves() => Some(args.log_format),
+        _ => None,
+    };
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => "error",
-        (_, 0) => "warn",
-        (_, 1) => "info",
+        (_, 0) if daemon.is_none() => "warn",
+        (_, 0 | 1) => "info",
         _ => "debug",
     };
-    output::start_log(level);
+    output::start_log(level, daemon);
     let json = cli.global.json;
     output::finish(run(cli), json)
 }

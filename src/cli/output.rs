@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
+use crate::json_log::{self, LogFormat};
 use crate::print_line;
 use crate::sanitize::{path_text, sanitize};
 use crate::sys::poll::Patient;
@@ -162,11 +163,19 @@ pub fn print_error(prefix: &str, error: &Error) {
     print_line!("{prefix}hint: {}", sanitize(remedy(error)));
 }
 
-/// Starts logging to standard error from this level on, unless `STENCIL_LOG` sets another level.
-pub fn start_log(level: &str) {
-    env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level))
-        .format_timestamp(None)
-        .init();
+/// Starts logging to standard error from this level on, unless `STENCIL_LOG` sets another level. `daemon` is the form of
+/// the log of a command that runs until it is stopped.
+pub fn start_log(level: &str, daemon: Option<LogFormat>) {
+    let mut log = env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level));
+    match daemon {
+        None => log.format_timestamp(None),
+        Some(LogFormat::Text) => log.format_timestamp_millis(),
+        Some(LogFormat::Json) => {
+            json_log::start("exporter");
+            log.format(json_log::write)
+        }
+    };
+    log.init();
 }
 
 /// Asks a question on the terminal. Returns an error unless the answer is `y` or `yes`.

@@ -22,6 +22,7 @@ use crate::support::store::random;
 
 const UNIT: &str = "mountd/systemd/stencil@.service";
 const CLONES_UNIT: &str = "mountd/systemd/stencil-clones@.service";
+const EXPORTER_UNIT: &str = "mountd/systemd/stencil-exporter.service";
 const PAGE: u64 = 4096;
 const PAGES: u64 = 2048;
 const WATCHDOG: Duration = Duration::from_millis(1500);
@@ -474,6 +475,13 @@ fn systemd_analyze_accepts_the_unit() {
 fn systemd_analyze_accepts_the_clones_unit() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(CLONES_UNIT)).unwrap();
     let Some((good, messages)) = verified("stencil-clones@srv-templates.service", &text) else { return };
+    assert!(good && messages.is_empty(), "{messages:?}");
+}
+
+#[test]
+fn systemd_analyze_accepts_the_exporter_unit() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(EXPORTER_UNIT)).unwrap();
+    let Some((good, messages)) = verified("stencil-exporter.service", &text) else { return };
     assert!(good && messages.is_empty(), "{messages:?}");
 }
 

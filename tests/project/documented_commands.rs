@@ -12,6 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::support::exporter;
 use crate::support::host;
 use crate::support::mount::{UNSEEN, copy_program, run};
 use crate::support::pages::page::{Block, blocks, line_matches, matches, updated, violations};
@@ -41,6 +42,7 @@ pages! {
     jails "docs/how-to/jails.md"
     kata "docs/how-to/kata.md"
     libvirt "docs/how-to/libvirt.md"
+    monitoring "docs/how-to/monitoring.md"
     move_templates "docs/how-to/move-templates.md"
     qemu "docs/how-to/qemu.md"
     recipes "docs/how-to/recipes.md"
@@ -85,6 +87,16 @@ fn prepare(environment: &str, session: &mut Session) {
             tell(session, "seq 1 9999999 | head -c 32M >memory && truncate -s 64M memory");
             tell(session, "mkdir /srv/templates && stencil -q import memory web:1 && rm memory");
             tell(session, "stencil -q mount /srv/templates");
+        }
+        // Prometheus, promtool, and the examples of an installed documentation.
+        "prometheus" => {
+            for program in ["prometheus", "promtool"] {
+                copy_program(exporter::program(program), session.bin().join(program));
+            }
+            let examples = path_of("docs/reference/monitoring");
+            let installed = "/usr/local/share/doc/stencil/examples";
+            let copy = format!("cp {}/{{alerts.yml,dashboard.json}} {installed}", examples.display());
+            tell(session, &format!("mkdir -p {installed} && {copy}"));
         }
         // A Firecracker with a guest; its API socket is fc.sock.
         "running-firecracker" => {

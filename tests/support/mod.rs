@@ -3,6 +3,7 @@
 pub mod actor;
 pub mod daemon;
 pub mod debian;
+pub mod exporter;
 pub mod holder;
 pub mod host;
 pub mod hosts;

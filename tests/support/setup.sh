@@ -97,7 +97,11 @@ need_kernel=
 # Only the backported kernel of Debian 12 has CONFIG_VMGENID: without it, clones would share their random numbers.
 [ -s "$cache/vmlinuz" ] && { [ -d "$cache/modules" ] || ! [ -e "$cache/kernel.name" ]; } && { ! [ -e "$cache/config" ] || grep -q '^CONFIG_VMGENID=y' "$cache/config"; } || need_kernel=yes
 
-if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
+# For tests only. Unpacked, not installed: the package would start a service on this host.
+need_prometheus=
+[ -x "$cache/prometheus" ] && [ -x "$cache/promtool" ] || need_prometheus=yes
+
+if [ -n "${packages[*]}$need_qemu$need_kernel$need_root$need_prometheus" ]; then
     # shellcheck disable=SC1091
     codename=$(. "${STENCIL_TEST_OS_RELEASE:-/etc/os-release}" 2>/dev/null && printf '%s' "${ID:-}/${VERSION_CODENAME:-}")
     if [ "$codename" != debian/bookworm ] || ! command -v apt-get >/dev/null 2>&1; then
@@ -105,6 +109,7 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
         [ -z "$need_qemu" ] || missing+=("qemu-system-x86_64 >= $STENCIL_QEMU_MIN")
         fail "this is ${codename:-an unknown system}; make setup installs packages on Debian 12 (bookworm) only" \
             "install these with your system's package manager, then run make setup again: ${missing[*]:-none}" \
+            "${need_prometheus:+and put the programs prometheus and promtool (2.42 or newer) into $cache}" \
             "${need_root:+and put a tar of a minimal Debian 12 root (debootstrap --variant=minbase) at $root}" \
             "${need_kernel:+and put a Linux kernel image for guests (serial console, initramfs and vmgenid built in) at $cache/vmlinuz}"
     fi
@@ -185,14 +190,14 @@ prepare_apt() {
     }
 }
 
-if [ -n "${packages[*]}$need_qemu$need_kernel$need_root$need_firecracker" ]; then
+if [ -n "${packages[*]}$need_qemu$need_kernel$need_root$need_prometheus$need_firecracker" ]; then
     mkdir -p "$cache"
     exec 9>"$cache/setup.lock"
     flock 9
     work=$(mktemp -d "$cache/setup.XXXXXX")
     trap 'rm -rf --one-file-system "$work"' EXIT
 fi
-if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
+if [ -n "${packages[*]}$need_qemu$need_kernel$need_root$need_prometheus" ]; then
     prepare_apt
     if [ -n "${packages[*]}" ]; then
         say "installing from bookworm: ${packages[*]}"
@@ -228,6 +233,15 @@ if [ -n "${packages[*]}$need_qemu$need_kernel$need_root" ]; then
         cp "$work"/boot/config-* "$cache/config"
         cp "$work"/boot/vmlinuz-* "$cache/vmlinuz.new"
         mv "$cache/vmlinuz.new" "$cache/vmlinuz"
+    fi
+    if [ -n "$need_prometheus" ]; then
+        say "unpacking from bookworm: prometheus"
+        mkdir "$work/prometheus"
+        (cd "$work/prometheus" && apt apt-get download prometheus/bookworm) >"$cache/apt/download.log" 2>&1 ||
+            { tail -20 "$cache/apt/download.log" >&2; fail "apt-get cannot download prometheus"; }
+        dpkg-deb --fsys-tarfile "$work"/prometheus/*.deb |
+            tar -x -C "$work/prometheus" --strip-components=3 ./usr/bin/prometheus ./usr/bin/promtool
+        mv "$work"/prometheus/{prometheus,promtool} "$cache"
     fi
     if [ -n "$need_root" ]; then
         say "creating a minimal Debian 12 root: $root"
@@ -293,6 +307,7 @@ fi
 say "rust     $(rust_version)"
 say "qemu     $(qemu_version)"
 say "firecracker $("$cache/firecracker" --version | sed -n '1s/^Firecracker v//p')"
+say "prometheus $("$cache/promtool" --version 2>&1 | sed -n '1s/^promtool, version \([^ ]*\).*/\1/p')"
 say "guest    $(cat "$cache/kernel.name" 2>/dev/null || echo "$cache/vmlinuz")"
 say "busybox  $(busybox 2>/dev/null | sed -n '1s/^BusyBox \(v[^ ]*\).*/\1/p')"
 say "cpio     $(cpio --version 2>/dev/null | sed -n '1s/.* //p')"

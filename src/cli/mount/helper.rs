@@ -79,7 +79,7 @@ pub fn main() -> ExitCode {
         }
     };
     let level = if helper.verbose { "info" } else { "warn" };
-    output::start_log(level);
+    output::start_log(level, None);
     match helper.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

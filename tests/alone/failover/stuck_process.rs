@@ -11,8 +11,9 @@ use stencilfs::sys::process::holders;
 
 use crate::support::actor::Actor;
 use crate::support::daemon::drill;
+use crate::support::exporter::{Exporter, OPEN_METRICS, Samples, samples};
 use crate::support::host;
-use crate::support::mount::{TestMount, wait_for};
+use crate::support::mount::{TestMount, UNSEEN, wait_for};
 
 /// Timeout for a command that must not wait for the stuck process.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
@@ -130,4 +131,58 @@ fn a_process_stuck_in_exec_delays_no_command_and_is_counted() {
     drop(stuck);
     world.stencil(&["rm", "web:1"]).ok();
     world.stencil(&["umount", mountpoint]).ok();
+}
+
+#[test]
+fn a_scrape_is_answered_while_clones_are_stuck() {
+    let _host = host::alone();
+    let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let digest = world.import_bytes(&[7; 1 << 20], "web:1");
+    let file = world.file(&digest, "memory");
+    let exporter = Exporter::start(&world, &["--max-age", "0"]);
+    let pending = format!("stencil_mount_pending_requests{{mount=\"{}\"}}", world.mountpoint().display());
+    let blocked = "stencil_exporter_blocked{collector=\"clones\"}";
+    let scrape = || {
+        let reply = exporter.scrape(OPEN_METRICS);
+        assert!(reply.took < Duration::from_secs(1), "{:?}", reply.took);
+        samples(&reply.body)
+    };
+    // A clone that has touched one page, and waits in a page fault for another.
+    let mut waiting = Actor::start();
+    waiting.tell(&format!("map 0 {} 0 {} rw", file.display(), 1 << 20));
+    waiting.tell("read 0 0");
+    wait_for("figures of one clone", || (scrape().get("stencil_clones") == Some(&1.0)).then_some(()));
+    let server = ProcessId::of(world.server()).unwrap().unwrap();
+    drill::stop(server);
+    waiting.begin("read 0 200");
+    wait_for("a pending request", || (scrape()[&pending] == 1.0).then_some(()));
+    let found = wait_for("a blocked collector", || Some(scrape()).filter(|all| all[blocked] == 1.0));
+    assert_eq!(found["stencil_clones"], 1.0, "the last figures");
+    let age = "stencil_exporter_figures_age_seconds{collector=\"clones\"}";
+    let first = scrape()[age];
+    wait_for("older figures", || (scrape()[age] > first + 1.0).then_some(()));
+    server.signal(Signal::CONT).unwrap();
+    assert_eq!(waiting.answer(), Ok(7));
+    let recent = |all: &Samples| all[blocked] == 0.0 && all["stencil_clones"] == 1.0 && all[&pending] == 0.0;
+    wait_for("recent figures", || recent(&scrape()).then_some(()));
+
+    // A process that cannot be inspected may be a clone of any mount.
+    let other = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let mut stuck = Stuck::new(&other, &other.import_bytes(&[7; 4096], "web:1"));
+    let failures = "stencil_exporter_collection_failures_total{collector=\"clones\"}";
+    wait_for("failures", || (scrape()[failures] > 2.0).then_some(()));
+    let said = |line: &serde_json::Value| line["message"].as_str().unwrap().contains(UNSEEN);
+    assert!(exporter.log().iter().any(said), "{:?}", exporter.log());
+    for _ in 0..50 {
+        let all = scrape();
+        assert!(all["stencil_clones"] == 1.0 && all[blocked] == 1.0, "{all:?}");
+    }
+    // Collections that fail leave nothing behind.
+    let threads = std::fs::read_dir(format!("/proc/{}/task", exporter.pid())).unwrap().count();
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", exporter.pid())).unwrap().count();
+    assert!(threads <= 12 && descriptors <= 20, "{threads} threads, {descriptors} descriptors");
+    stuck.server.signal(Signal::CONT).unwrap();
+    stuck.actor.tell("anon 0 4096");
+    drop(stuck);
+    wait_for("recent figures", || recent(&scrape()).then_some(()));
 }

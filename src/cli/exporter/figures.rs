@@ -1,0 +1,250 @@
+//! The figures of one collection, which a child process prints as one line of JSON.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::cli::Global;
+use crate::cli::output::{Report, to_json};
+use crate::cli::store_filter::StoreFilter;
+use crate::clones::accounting::{self, CloneMemory, CloneRow, Density};
+use crate::control::{self, Mount, MountStatus};
+use crate::error::Result;
+use crate::sanitize::path_text;
+use crate::store::Digest;
+use crate::sys::fuse::control_fs::Waiting;
+use crate::units::{Bytes, PageCount};
+
+/// Longest wait for the supervisors of all mounts.
+const SUPERVISORS_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// What a collection is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Subject {
+    /// Memory of clones and templates.
+    Clones,
+    /// Mounts, their supervisors and servers.
+    Mounts,
+}
+
+impl Subject {
+    /// Returns the name on the command line and in labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Subject::Clones => "clones",
+            Subject::Mounts => "mounts",
+        }
+    }
+}
+
+/// The result of a collection.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome<T> {
+    /// The figures.
+    Figures(T),
+    /// Why there are none.
+    Error(String),
+}
+
+/// Memory of clones, as sums over the clones of a template or for one clone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    pub private_bytes: Bytes,
+    pub swap_bytes: Bytes,
+    pub dirty_pages: PageCount,
+    pub page_table_bytes: Bytes,
+    pub overhead_bytes: Bytes,
+    pub disk_bytes: Bytes,
+    pub mapped_bytes: Bytes,
+    pub mapped_clean_bytes: Bytes,
+    pub pmd_mapped_bytes: Bytes,
+}
+
+impl Memory {
+    fn add(&mut self, of: &CloneMemory) {
+        self.private_bytes += of.private_bytes;
+        self.swap_bytes += of.swap_bytes;
+        self.dirty_pages += of.dirty_pages;
+        self.page_table_bytes += of.page_table_bytes;
+        self.overhead_bytes += of.overhead_bytes;
+        self.disk_bytes += of.disk_bytes;
+        self.mapped_bytes += of.mapped_bytes;
+        self.mapped_clean_bytes += of.mapped_clean_bytes;
+        self.pmd_mapped_bytes += of.pmd_mapped_bytes;
+    }
+}
+
+/// Figures of one template.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct TemplateFigures {
+    pub digest: Digest,
+    pub tags: Vec<String>,
+    pub serving: String,
+    pub size_bytes: Bytes,
+    pub data_bytes: Bytes,
+    pub resident_bytes: Bytes,
+    pub store_cache_bytes: Bytes,
+    pub clones: u64,
+    /// Sums over the clones whose first mapping is of this template.
+    pub memory: Memory,
+}
+
+/// Figures of one clone.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct CloneFigures {
+    pub id: String,
+    pub pid: u32,
+    pub digest: Digest,
+    pub memory: Memory,
+}
+
+/// Figures of all clones and templates.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ClonesFigures {
+    pub clones: u64,
+    pub mapped_bytes: Bytes,
+    pub copied_bytes: Bytes,
+    pub swap_bytes: Bytes,
+    pub per_further_clone_bytes: Option<Bytes>,
+    /// Parts of the host's memory; their sum is `host_bytes` of `stencil density`.
+    pub parts: [(String, Bytes); 6],
+    pub templates: Vec<TemplateFigures>,
+    /// The clones with the most copied memory.
+    pub largest: Vec<CloneFigures>,
+}
+
+/// Figures of one mount.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MountFigures {
+    pub mountpoint: String,
+    pub store: String,
+    pub device: u64,
+    pub detached: bool,
+    /// `None` if no supervisor answers.
+    pub status: Option<MountStatus>,
+    /// Requests that the kernel has sent and that are not answered; `None` if unknown.
+    pub pending: Option<u64>,
+}
+
+/// Collects figures. An error is part of the result.
+pub fn collect(subject: Subject, per_clone: u32, global: &Global) -> Value {
+    fn outcome(found: Result<impl Serialize>) -> Value {
+        to_json(&found.map_or_else(|error| Outcome::Error(error.to_string()), Outcome::Figures))
+    }
+    match subject {
+        Subject::Clones => outcome(clones(per_clone, global)),
+        Subject::Mounts => outcome(mounts(global)),
+    }
+}
+
+fn clones(per_clone: u32, global: &Global) -> Result<ClonesFigures> {
+    let filter = StoreFilter::of(global)?;
+    let mut mounts = control::mounts()?;
+    mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
+    let Density { templates, clones, totals } = accounting::survey(&mounts, None)?.density;
+    let mut sums: BTreeMap<Digest, Memory> = BTreeMap::new();
+    for clone in &clones {
+        sums.entry(clone.digest).or_default().add(&clone.memory);
+    }
+    let templates = templates.into_iter().map(|template| TemplateFigures {
+        memory: sums.get(&template.digest).copied().unwrap_or_default(),
+        digest: template.digest,
+        tags: template.tags.into_iter().collect(),
+        serving: template.serving,
+        size_bytes: template.size_bytes,
+        data_bytes: template.data_bytes,
+        resident_bytes: template.resident_bytes,
+        store_cache_bytes: template.store_cache_bytes,
+        clones: template.clones,
+    });
+    let part = |name: &str, bytes| (name.to_owned(), bytes);
+    Ok(ClonesFigures {
+        clones: totals.clones,
+        mapped_bytes: totals.mapped_bytes,
+        copied_bytes: totals.copied_bytes,
+        swap_bytes: totals.swap_bytes,
+        per_further_clone_bytes: totals.bytes_per_further_clone,
+        parts: [
+            part("template", totals.template_bytes),
+            part("store_cache", totals.store_cache_bytes),
+            part("private", totals.private_bytes),
+            part("page_table", totals.page_table_bytes),
+            part("overhead", totals.overhead_bytes),
+            part("disk", totals.disk_bytes),
+        ],
+        templates: templates.collect(),
+        largest: largest(clones, per_clone),
+    })
+}
+
+fn largest(mut clones: Vec<CloneRow>, count: u32) -> Vec<CloneFigures> {
+    clones.sort_by_key(|clone| (std::cmp::Reverse(clone.memory.private_bytes), clone.pid));
+    clones.truncate(usize::try_from(count).unwrap_or(usize::MAX));
+    let figures = |clone: CloneRow| {
+        let mut memory = Memory::default();
+        memory.add(&clone.memory);
+        CloneFigures { id: clone.id, pid: clone.pid, digest: clone.digest, memory }
+    };
+    clones.into_iter().map(figures).collect()
+}
+
+/// Asks all supervisors at the same time: one that does not answer delays no figures of another.
+fn mounts(global: &Global) -> Result<Vec<MountFigures>> {
+    let filter = StoreFilter::of(global)?;
+    let listing = control::list()?;
+    let mounts: Vec<Mount> =
+        listing.mounts.into_iter().filter(|mount| filter.has(&mount.store, &mount.store_id)).collect();
+    let mut figures: Vec<MountFigures> = mounts
+        .iter()
+        .map(|mount| MountFigures {
+            mountpoint: path_text(&mount.mountpoint).into_owned(),
+            store: path_text(&mount.store).into_owned(),
+            device: mount.device,
+            detached: mount.detached,
+            status: None,
+            pending: Waiting::of(mount.device).and_then(|waiting| waiting.read()).ok(),
+        })
+        .collect();
+    let (sender, answers) = mpsc::channel();
+    for (index, mount) in mounts.into_iter().enumerate().filter(|(_, mount)| !mount.orphaned) {
+        let sender = sender.clone();
+        // This process exits without the thread.
+        thread::spawn(move || {
+            let _ = sender.send((index, mount.status().ok()));
+        });
+    }
+    drop(sender);
+    let until = Instant::now() + SUPERVISORS_TIMEOUT;
+    while let Ok((index, status)) = answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        figures[index].status = status;
+    }
+    let dead = listing.dead.into_iter().filter(|mount| filter.has(&mount.store, &mount.store_id));
+    figures.extend(dead.map(|mount| MountFigures {
+        mountpoint: path_text(&mount.mountpoint).into_owned(),
+        store: path_text(&mount.store).into_owned(),
+        device: mount.device,
+        detached: false,
+        status: None,
+        pending: None,
+    }));
+    Ok(figures)
+}
+
+/// The output of a child.
+pub struct Collected(pub Value);
+
+impl Report for Collected {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{}", self.0)
+    }
+
+    fn json(&self) -> Value {
+        json!({})
+    }
+}

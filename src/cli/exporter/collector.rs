@@ -49,6 +49,8 @@ struct State<T> {
     has_failed: bool,
     requested: bool,
     running: Option<Instant>,
+    /// Beginning of the last collection, also of one that failed.
+    attempted: Option<Instant>,
 }
 
 struct Shared<T> {
@@ -79,6 +81,7 @@ impl<T: DeserializeOwned + Send + Sync + 'static> Collector<T> {
             has_failed: false,
             requested: false,
             running: None,
+            attempted: None,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), max_age });
         let ours = Arc::clone(&shared);
@@ -100,10 +103,10 @@ impl<T: DeserializeOwned + Send + Sync + 'static> Collector<T> {
         Ok(Collector(shared))
     }
 
-    /// Requests a collection, unless one is running or the figures are recent.
+    /// Requests a collection, unless one is running or the last one is recent.
     pub fn request(&self) {
         let mut state = self.0.state();
-        if state.running.is_none() && !self.0.is_fresh(&state) {
+        if state.running.is_none() && !self.0.is_recent(&state) {
             state.requested = true;
             self.0.changed.notify_all();
         }
@@ -136,8 +139,8 @@ impl<T> Shared<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_fresh(&self, state: &State<T>) -> bool {
-        !state.has_failed && state.last.as_ref().is_some_and(|(_, began)| began.elapsed() < self.max_age)
+    fn is_recent(&self, state: &State<T>) -> bool {
+        state.attempted.is_some_and(|began| began.elapsed() < self.max_age)
     }
 
     /// Waits for a request. Returns when the collection begins.
@@ -147,7 +150,7 @@ impl<T> Shared<T> {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let now = Instant::now();
-        (state.requested, state.running) = (false, Some(now));
+        (state.requested, state.running, state.attempted) = (false, Some(now), Some(now));
         now
     }
 
@@ -319,6 +322,18 @@ mod tests {
         assert!(view.last.is_none() && view.failures == 0, "{view:?}");
         let view = collector.wait(soon());
         assert!(view.last.is_none() && view.failures == 1 && view.blocked, "{view:?}");
+    }
+
+    #[test]
+    fn failures_are_repeated_no_more_often_than_figures_are_collected() {
+        let command = shell("echo '{\"error\":\"cannot inspect\"}'");
+        let max_age = Duration::from_secs(3600);
+        let collector: Collector<u64> = Collector::start(max_age, Duration::from_secs(60), command).unwrap();
+        for _ in 0..3 {
+            collector.request();
+            let view = collector.wait(soon());
+            assert!(view.failures == 1 && view.blocked, "{view:?}");
+        }
     }
 
     #[test]

@@ -105,7 +105,7 @@ pub struct CloneFigures {
 }
 
 /// Figures of all clones and templates.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct ClonesFigures {
     pub clones: u64,
     pub mapped_bytes: Bytes,

@@ -221,3 +221,46 @@ pub fn encode(scrape: &Scrape, format: Format) -> Result<String, fmt::Error> {
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view<T>(figures: T) -> View<T> {
+        let last = Some((Arc::new(figures), std::time::Instant::now()));
+        View { last, duration: Duration::ZERO, collections: 1, failures: 0, blocked: false }
+    }
+
+    #[test]
+    fn mounts_at_one_path_have_different_names_and_names_are_escaped() {
+        let mount = |mountpoint: &str, device, detached| MountFigures {
+            mountpoint: mountpoint.to_owned(),
+            store: "/store".to_owned(),
+            device,
+            detached,
+            status: None,
+            pending: Some(device),
+        };
+        let mounts = vec![mount("/a", 7, true), mount("/a", 8, false), mount("/b \"\\\n", 9, false)];
+        let clones = View { last: None, ..view(ClonesFigures::default()) };
+        let scrape = Scrape { clones, mounts: view(mounts) };
+        for format in [Format::OpenMetrics, Format::Text] {
+            let text = encode(&scrape, format).unwrap();
+            for line in [
+                "stencil_mount_pending_requests{mount=\"/a\"} 8\n",
+                "stencil_mount_pending_requests{mount=\"/a (device 7)\"} 7\n",
+                "stencil_mount_pending_requests{mount=\"/b \\\"\\\\\\n\"} 9\n",
+            ] {
+                assert!(text.contains(line), "{line}{text}");
+            }
+            assert!(!text.contains("stencil_clones"), "there are no figures of clones yet");
+        }
+    }
+
+    #[test]
+    fn a_label_names_a_bounded_number_of_tags() {
+        let many: Vec<String> = (0..MAX_TAGS + 3).map(|number| format!("web:{number}")).collect();
+        assert_eq!(tags(&many[..2]), "web:0,web:1");
+        assert!(tags(&many).ends_with("web:7 and 3 more"), "{}", tags(&many));
+    }
+}

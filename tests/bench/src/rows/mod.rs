@@ -1,6 +1,7 @@
 //! The rows: what is measured, and beside what.
 
 mod cold_start;
+mod density;
 mod disk;
 mod floors;
 mod guests;

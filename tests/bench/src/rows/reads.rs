@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Number;
 use stencilfs::error::{Error, Result};
 
-use super::{CLUSTERS, erofs_of, launch, warm};
+use super::{CLUSTERS, density, erofs_of, launch, warm};
 use crate::run::Context;
 use crate::run::floor::Packed;
 use crate::run::inputs;
@@ -84,7 +84,8 @@ pub fn random(advice: &str, pages: u64) -> impl Fn(u64) -> Vec<String> + use<> {
     move |round| vec!["random".to_owned(), advice.clone(), round.to_string(), pages.to_string()]
 }
 
-const ROWS: [&str; 6] = ["sequential", "random-20000", "random-advised", "warm", "warm-huge", "launch"];
+const ROWS: [&str; 7] =
+    ["sequential", "random-20000", "random-advised", "warm", "warm-huge", "launch", "density"];
 
 pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     if !context.wants(&ROWS) {
@@ -118,7 +119,8 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     if !context.is_quick() {
         warm::measure(context, &ways)?;
     }
-    launch::measure(context, &passthrough)
+    launch::measure(context, &passthrough)?;
+    density::measure(context, &passthrough)
 }
 
 fn sequential(context: &Context, ways: &[Way; 8]) -> Result<()> {

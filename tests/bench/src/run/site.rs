@@ -23,6 +23,8 @@ pub struct Site {
     pub touch: PathBuf,
     /// Program that launches processes and does nothing else: `fork_loop.c`.
     pub fork_loop: PathBuf,
+    /// Program that scans page tables and does nothing else: `scan_loop.c`.
+    pub scan_loop: PathBuf,
 }
 
 impl Site {
@@ -36,10 +38,13 @@ impl Site {
         let stencil = programs.join("stencil");
         let stencil =
             stencil.canonicalize().map_err(|e| Error::io("cannot find the program", &stencil, e))?;
-        let (touch, fork_loop) = (dir.path().join("touch"), dir.path().join("fork_loop"));
-        let site = Site { dir, stencil, touch, fork_loop };
+        let [touch, fork_loop, scan_loop] =
+            ["touch", "fork_loop", "scan_loop"].map(|name| dir.path().join(name));
+        let site = Site { dir, stencil, touch, fork_loop, scan_loop };
         site.create_dir("run")?;
-        for (name, program) in [("touch.c", &site.touch), ("fork_loop.c", &site.fork_loop)] {
+        for (name, program) in
+            [("touch.c", &site.touch), ("fork_loop.c", &site.fork_loop), ("scan_loop.c", &site.scan_loop)]
+        {
             let mut cc = Command::new("cc");
             run(cc.args(["-O2", "-Wall", "-Wextra", "-Werror", "-o"]).arg(program).arg(sources.join(name)))?;
         }

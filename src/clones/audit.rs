@@ -280,8 +280,8 @@ fn walk_process(
     let pagemap = Pagemap::open(pid)?;
     let mut exclusive = None;
     let mut maps = lines.iter().filter_map(|line| find::mapping(line, zeros.inodes())).collect();
-    zeros.add(&mut maps, lines)?;
-    let replaced = accounting::replaced(&maps, lines, || accounting::runs_kvm(pid));
+    zeros.add(&mut maps, || Ok(lines.to_vec()))?;
+    let replaced = accounting::replaced(&maps, || Ok(lines.to_vec()), || accounting::runs_kvm(pid))?;
     let in_place =
         maps.iter().map(TemplateMapping::range).chain(replaced.into_iter().map(|found| found.range));
     let in_place = joined(in_place.collect());
@@ -312,7 +312,7 @@ fn walk_process(
 /// the page cache.
 fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
     let mut frames = HashSet::new();
-    let clones: Vec<_> = survey.clones.iter().map(|(clone, _)| clone.clone()).collect();
+    let clones: Vec<_> = survey.clones.iter().map(|(clone, _)| clone).collect();
     let backings = residency::backings(mounts)?;
     let wanted = |file: &ServedFile| {
         file.serving == Serving::Decode

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -190,7 +191,7 @@ pub struct TemplateMapping {
 
 impl TemplateMapping {
     /// Returns the addresses of the mapping.
-    pub fn range(&self) -> std::ops::Range<u64> {
+    pub fn range(&self) -> Range<u64> {
         self.start..self.start + self.length.get()
     }
 }
@@ -206,6 +207,10 @@ pub struct CloneProcess {
     pub maps: Vec<TemplateMapping>,
     /// Younger processes with the same address space. Their memory is counted for this process.
     pub others: Vec<ProcessId>,
+    /// Addresses of data and code pages of the kernel (`[vvar]`, `[vdso]`).
+    pub kernel_pages: Vec<Range<u64>>,
+    /// A thread that has the memory of the process.
+    thread: u32,
 }
 
 impl CloneProcess {
@@ -247,7 +252,8 @@ impl Search {
         let maps = |clone: &CloneProcess| -> Vec<_> {
             clone.maps.iter().map(|m| (m.start, m.length.get(), m.dev, m.ino, m.offset.get())).collect()
         };
-        let found = address_space::distinct(self.clones.iter().map(|clone| (clone.process(), maps(clone))))?;
+        let processes = self.clones.iter().map(|clone| (clone.process(), clone.thread, maps(clone)));
+        let found = address_space::distinct(processes)?;
         self.unseen.silent.extend(found.unseen);
         let mut spaces: HashMap<u32, Vec<ProcessId>> = found.seen.into_iter().collect();
         self.clones.retain_mut(|clone| match spaces.remove(&clone.pid) {
@@ -327,17 +333,25 @@ pub fn look_at(pid: u32, inodes: &Inodes) -> Result<Option<CloneProcess>> {
     Ok(found(holders::look_at_these(vec![pid], SCAN_TIMEOUT, look), inodes).complete()?.pop())
 }
 
-/// A process, and its mappings of the wanted files.
-type Lines = (ProcessId, Vec<procfs::MapLine>);
+/// The mappings of a process that maps a wanted file.
+struct Lines {
+    process: ProcessId,
+    thread: u32,
+    wanted: Vec<procfs::MapLine>,
+    kernel: Vec<Range<u64>>,
+}
 
 fn found(sight: Sight<Lines>, inodes: &Inodes) -> Search {
-    let clone = |(pid, (process, lines)): (u32, Lines)| {
-        let maps: Vec<TemplateMapping> = lines.iter().filter_map(|line| mapping(line, inodes)).collect();
+    let clone = |(pid, lines): (u32, Lines)| {
+        let maps: Vec<TemplateMapping> =
+            lines.wanted.iter().filter_map(|line| mapping(line, inodes)).collect();
         (!maps.is_empty()).then_some(CloneProcess {
             pid,
-            identity: process.identity,
+            identity: lines.process.identity,
             maps,
             others: Vec::new(),
+            kernel_pages: lines.kernel,
+            thread: lines.thread,
         })
     };
     Search { clones: sight.seen.into_iter().filter_map(clone).collect(), unseen: sight.unseen }
@@ -345,11 +359,16 @@ fn found(sight: Sight<Lines>, inodes: &Inodes) -> Search {
 
 /// Returns the process and its mappings of wanted files, `None` without such mappings.
 fn lines_of(pid: u32, wanted: &Wanted) -> io::Result<Option<Lines>> {
-    let lines = procfs::maps(pid, |dev, ino| wanted.has(dev, ino)).map_err(io::Error::other)?;
-    let Some(lines) = lines.filter(|lines| !lines.is_empty()) else { return Ok(None) };
+    let Some((thread, text)) = procfs::maps_text(pid).map_err(io::Error::other)? else { return Ok(None) };
+    let wanted = procfs::parse_maps(&text, |dev, ino| wanted.has(dev, ino));
+    if wanted.is_empty() {
+        return Ok(None);
+    }
+    let kernel = procfs::parse_maps(&text, |_, ino| ino == 0).into_iter();
+    let kernel = kernel.filter(|line| line.path.starts_with("[v")).map(|line| line.start..line.end).collect();
     // The process id may have been reused since its mappings were read. The measurement detects this by the identity.
     let process = ProcessId::of(pid).map_err(io::Error::other)?;
-    Ok(process.map(|process| (process, lines)))
+    Ok(process.map(|process| Lines { process, thread, wanted, kernel }))
 }
 
 /// Returns the template mapping of a line, `None` for other files. Call it only for [wanted](Inodes::wanted) lines.

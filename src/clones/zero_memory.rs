@@ -4,10 +4,9 @@
 //! Such a page has the bytes of the template until the process writes the page. So the accounting treats zero memory as
 //! a part of the template mapping: a page that is present or in swap, and not the kernel's zero page, is a copied page.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::find::{Inodes, TemplateMapping};
 use super::ranges::{intersect, subtract};
@@ -17,20 +16,20 @@ use crate::sys::process::procfs::MapLine;
 use crate::units::{Bytes, FileOffset, PAGE_SIZE};
 
 /// Byte ranges of a file in which all blocks are zero.
-type Zeros = Rc<Vec<Range<u64>>>;
+type Zeros = Arc<Vec<Range<u64>>>;
 
 /// Finds the zero memory of processes, from the tables of their templates.
 #[derive(Debug)]
 pub struct ZeroMemory<'a> {
     inodes: &'a Inodes,
     /// By template and index of the file. Many clones map the same file.
-    zeros: RefCell<BTreeMap<(Digest, usize), Zeros>>,
+    zeros: Mutex<BTreeMap<(Digest, usize), Zeros>>,
 }
 
 impl<'a> ZeroMemory<'a> {
     /// Creates a search in processes that map these files.
     pub fn new(inodes: &'a Inodes) -> ZeroMemory<'a> {
-        ZeroMemory { inodes, zeros: RefCell::default() }
+        ZeroMemory { inodes, zeros: Mutex::default() }
     }
 
     /// Returns the files that the search knows.
@@ -38,20 +37,28 @@ impl<'a> ZeroMemory<'a> {
         self.inodes
     }
 
-    /// Adds the zero memory of a process to its template mappings, which are in the order of their addresses. `lines` are
-    /// all mappings of the process, also by address.
+    /// Adds the zero memory of a process to its template mappings, which are in the order of their addresses. `lines`
+    /// returns all mappings of the process, also by address; it is called only if there is a gap to look at.
     ///
     /// # Errors
-    /// Returns an error if the tables of a template cannot be read.
-    pub fn add(&self, maps: &mut Vec<TemplateMapping>, lines: &[MapLine]) -> Result<()> {
-        maps.extend(parts(maps, lines, |map| self.zeros(map))?);
+    /// Returns an error if the tables of a template cannot be read, or the error of `lines`.
+    pub fn add(
+        &self,
+        maps: &mut Vec<TemplateMapping>,
+        lines: impl FnOnce() -> Result<Vec<MapLine>>,
+    ) -> Result<()> {
+        if gaps(maps).next().is_none() {
+            return Ok(());
+        }
+        maps.extend(parts(maps, &lines()?, |map| self.zeros(map))?);
         maps.sort_by_key(|map| map.start);
         Ok(())
     }
 
     fn zeros(&self, map: &TemplateMapping) -> Result<Zeros> {
-        if let Some(zeros) = self.zeros.borrow().get(&(map.digest, map.index)) {
-            return Ok(Rc::clone(zeros));
+        let mut known = self.zeros.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(zeros) = known.get(&(map.digest, map.index)) {
+            return Ok(Arc::clone(zeros));
         }
         let template = self.inodes.store(map.mount).map(|store| store.template(&map.digest));
         let zeros = match template {
@@ -67,8 +74,8 @@ impl<'a> ZeroMemory<'a> {
                 subtract(std::slice::from_ref(&whole), &data)
             }
         };
-        let zeros = Rc::new(zeros);
-        self.zeros.borrow_mut().insert((map.digest, map.index), Rc::clone(&zeros));
+        let zeros = Arc::new(zeros);
+        known.insert((map.digest, map.index), Arc::clone(&zeros));
         Ok(zeros)
     }
 }
@@ -157,8 +164,8 @@ mod tests {
     /// Returns the zero memory as pages of the address space, each with its first page of the file.
     fn found(maps: &[TemplateMapping], lines: &[MapLine], zeros: &[Range<u64>]) -> Vec<(Range<u64>, u64)> {
         let bytes = |pages: &Range<u64>| pages.start * PAGE_SIZE..pages.end * PAGE_SIZE;
-        let zeros = Rc::new(zeros.iter().map(bytes).collect::<Vec<_>>());
-        let found = parts(maps, lines, |_| Ok(Rc::clone(&zeros))).unwrap();
+        let zeros = Arc::new(zeros.iter().map(bytes).collect::<Vec<_>>());
+        let found = parts(maps, lines, |_| Ok(Arc::clone(&zeros))).unwrap();
         assert!(found.iter().all(|map| map.anonymous && map.ino == 2));
         let pages = |map: TemplateMapping| {
             (map.start / PAGE_SIZE..map.range().end / PAGE_SIZE, map.offset.get() / PAGE_SIZE)

@@ -142,6 +142,28 @@ fn two_tags_of_one_template_share_its_resident_pages() {
     }
 }
 
+#[test]
+fn density_scans_each_page_of_a_clone_once() {
+    /// Pages of the address space of a process: x86-64 with four-level page tables.
+    const ADDRESS_SPACE: u64 = 0x7_FFFF_FFFF;
+    let _host = host::shared();
+    let (world, digest) = world("passthrough", 64 * MIB);
+    world.stencil(&["clone", "web:1", "-n", "8", "--simulate", "read=1000p,write=250p"]).ok();
+    // A clone that Stencil has not launched.
+    let mut actor = Actor::start();
+    actor.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), 64 * MIB));
+    actor.write_pages(0, 0..100);
+    let output = world.command().args(["-vv", "density"]).output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    let line = log.lines().find(|line| line.contains("pages scanned")).unwrap_or_else(|| panic!("{log}"));
+    let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let [clones, pages, reads] = numbers[..] else { panic!("{line}") };
+    assert_eq!(clones, 9, "{line}");
+    assert!(pages <= clones * ADDRESS_SPACE, "a page is scanned twice: {line}");
+    // The copied pages lie apart. One read for each would be 250 reads for each clone.
+    assert!(reads <= clones * 24, "{line}");
+}
+
 /// Clones that are stopped by SIGSTOP and resumed on drop.
 pub struct StoppedClones(Vec<ProcessId>);
 

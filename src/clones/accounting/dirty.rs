@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
+use super::frames::Shared;
 use super::process::{Measured, measure};
 use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
 use crate::clones::zero_memory::ZeroMemory;
@@ -37,7 +38,9 @@ pub struct DirtyRange {
 pub fn dirty_of(pid: u32, mounts: &[Mount]) -> Result<Option<(CloneProcess, Vec<DirtyRange>)>> {
     let inodes = Inodes::of(mounts)?;
     let Some(mut clone) = find::look_at(pid, &inodes)? else { return Ok(None) };
-    let Some(measured) = measure(&mut clone, &ZeroMemory::new(&inodes))? else { return Ok(None) };
+    let Some(measured) = measure(&mut clone, &ZeroMemory::new(&inodes), Shared::Nothing)? else {
+        return Ok(None);
+    };
     let ranges = ranges(&clone.maps, &measured);
     Ok(Some((clone, ranges)))
 }

@@ -1,16 +1,20 @@
 //! Distinct page frames: a page that several clones share after a fork or a KSM merge is counted once.
+//!
+//! Frame numbers are read one page at a time, which takes longer than all else. So they are read only of the pages that
+//! another clone may have too.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use super::process::Measured;
+use super::records::{Records, record_of};
 use crate::clones::find::CloneProcess;
-use crate::error::{Code, Error, Result};
-use crate::sys::memory::pagemap::Pagemap;
-use crate::sys::process::{procfs, tasks};
+use crate::clones::registry::Kind;
+use crate::error::{Error, Result};
+use crate::sys::memory::ksm;
+use crate::sys::memory::pagemap::{Entry, Pagemap};
+use crate::sys::process::tasks;
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
 /// The RAM of all clones together, with each frame counted once.
@@ -22,69 +26,99 @@ pub struct Distinct {
     pub overhead: Bytes,
 }
 
-/// Counts the frames of all clones. A clone that cannot share a frame with another clone, by a fork or KSM, contributes
-/// its own figures. For the other clones every frame number is read, and each frame is counted once.
-///
-/// # Errors
-/// Returns an error without `CAP_SYS_ADMIN`: the kernel then reports frame numbers as 0 (pagemap).
-pub fn distinct(clones: &[(CloneProcess, Measured)]) -> Result<Distinct> {
-    let suspects = suspects(clones);
+/// The private pages of a clone that another clone may have too.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Shared {
+    /// None.
+    #[default]
+    Nothing,
+    /// Pages outside the template mappings, by a fork.
+    Outside,
+    /// All pages, by a fork.
+    ByFork,
+    /// All pages, by KSM, which also merges pages of one process.
+    ByKsm,
+}
+
+/// The frames of one clone.
+#[derive(Debug, Clone)]
+pub(super) struct Frames {
+    pub private: Counted,
+    pub overhead: Counted,
+}
+
+/// The frames of some pages.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Counted {
+    /// Pages in frames that no other process has.
+    exclusive: PageCount,
+    /// The other frames.
+    others: Vec<u64>,
+}
+
+impl Counted {
+    /// Creates the count of pages in frames that no other process has.
+    pub fn exclusive(bytes: Bytes) -> Counted {
+        Counted { exclusive: bytes.pages(), others: Vec::new() }
+    }
+}
+
+/// Counts the frames of all clones.
+pub(super) fn distinct<'a>(clones: impl Iterator<Item = &'a Frames>) -> Distinct {
     let mut total = Distinct::default();
-    let mut private = HashSet::new();
-    let mut overhead = HashSet::new();
-    for (clone, measured) in clones {
-        if !suspects.contains(&clone.pid) {
-            total.private += measured.memory.private_bytes;
-            total.overhead += measured.memory.overhead_bytes;
-            continue;
-        }
-        let private_pages =
-            measured.private().filter(|range| !range.swapped).map(|range| range.range.clone());
-        if !collect(clone.pid, private_pages, &mut private)?
-            || !collect(clone.pid, measured.overhead.iter().cloned(), &mut overhead)?
-        {
-            log::info!("clone {} exited while its frames were counted", clone.pid);
-        }
+    let (mut private, mut overhead): (HashSet<u64>, HashSet<u64>) = Default::default();
+    for frames in clones {
+        total.private += frames.private.exclusive.bytes();
+        total.overhead += frames.overhead.exclusive.bytes();
+        private.extend(&frames.private.others);
+        overhead.extend(&frames.overhead.others);
     }
     total.private += PageCount::new(private.len() as u64).bytes();
     // KSM may merge a copied page with a page outside the template mappings. The frame counts as a copy.
     let outside = overhead.difference(&private).count();
     total.overhead += PageCount::new(outside as u64).bytes();
-    Ok(total)
+    total
 }
 
 /// Number of attempts, and time between them, to read a page that the kernel is moving to another frame.
 const MOVE_RETRIES: u32 = 100;
 const MOVE_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Collects the frames of present anonymous pages in these ranges. Returns false if the process has exited.
-fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut HashSet<u64>) -> Result<bool> {
-    let pagemap = match Pagemap::open(pid) {
-        Ok(pagemap) => pagemap,
-        Err(error) if error.code() == Code::NotFound => return Ok(false),
-        Err(error) => return Err(error),
+/// Ranges with less space between them are read by one system call, which takes longer than the pages between.
+const MAX_SPACE: u64 = 16 * PAGE_SIZE;
+
+/// Counts the frames of present anonymous pages in these ranges, which are in order.
+///
+/// # Errors
+/// Returns an error without `CAP_SYS_ADMIN`: the kernel then reports frame numbers as 0 (pagemap). Returns
+/// [`Code::NotFound`](crate::error::Code::NotFound) if the process has exited.
+pub(super) fn count(pagemap: &Pagemap, ranges: &[Range<u64>], shared: Shared) -> Result<Counted> {
+    let (mut counted, mut hidden, mut moving) = (Counted::default(), false, Vec::new());
+    let mut add = |entry: Entry| match entry.frame() {
+        // KSM may have merged pages of one process only.
+        Some(_) if entry.is_exclusive() && shared != Shared::ByKsm => counted.exclusive += PageCount::new(1),
+        Some(frame) => counted.others.push(frame),
+        None => hidden = true,
     };
-    let (mut hidden, mut moving) = (false, Vec::new());
-    let mut read = |range: Range<u64>, moving: &mut Vec<u64>| {
-        let read = pagemap.each_entry(range, |address, entry| {
+    let mut read = |ranges: &[Range<u64>], moving: &mut Vec<u64>| {
+        let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else { return Ok(()) };
+        let mut next = ranges.iter().peekable();
+        pagemap.each_entry(first.start..last.end, |address, entry| {
+            while next.next_if(|range| range.end <= address).is_some() {}
+            if !next.peek().is_some_and(|range| range.contains(&address)) {
+                return;
+            }
             if entry.is_moving() {
                 moving.push(address);
             } else if entry.is_present() && !entry.is_file() {
-                match entry.frame() {
-                    Some(frame) => drop(frames.insert(frame)),
-                    None => hidden = true,
-                }
+                add(entry);
             }
-        });
-        match read {
-            Err(error) if error.code() == Code::NotFound => Ok(false),
-            other => other.map(|()| true),
-        }
+        })
     };
-    for range in ranges {
-        if !read(range, &mut moving)? {
-            return Ok(false);
-        }
+    let is_near =
+        |one: &Range<u64>, next: &Range<u64>| next.start >= one.end && next.start - one.end < MAX_SPACE;
+    for near in ranges.chunk_by(is_near) {
+        read(near, &mut moving)?;
     }
     // While the kernel moves a page, the page is in no frame. Without a second read it would not be counted.
     for _ in 0..MOVE_RETRIES {
@@ -93,9 +127,7 @@ fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut Hash
         }
         thread::sleep(MOVE_INTERVAL);
         for address in std::mem::take(&mut moving) {
-            if !read(address..address + PAGE_SIZE, &mut moving)? {
-                return Ok(false);
-            }
+            read(std::slice::from_ref(&(address..address + PAGE_SIZE)), &mut moving)?;
         }
     }
     if hidden {
@@ -104,33 +136,43 @@ fn collect(pid: u32, ranges: impl Iterator<Item = Range<u64>>, frames: &mut Hash
         )
         .hint("run the command as root (CAP_SYS_ADMIN)"));
     }
-    Ok(true)
+    Ok(counted)
 }
 
-/// Returns the clones that may share a frame with another clone. A forked child maps the same file at the same address
-/// as its parent; a clone with merged pages has a KSM figure.
-fn suspects(clones: &[(CloneProcess, Measured)]) -> HashSet<u32> {
-    let mut at: HashMap<(u64, u64, u64, u64), Vec<u32>> = HashMap::new();
-    for (clone, _) in clones {
+/// Returns which pages of each clone another clone may have too.
+///
+/// A forked child maps the same file at the same address as its parent. A clone that has called execve(2) since its fork
+/// began with empty memory; if all clones at an address have, none of them shares a page. A simulated clone maps the
+/// template after its fork and never forks.
+pub(super) fn shared(clones: &[CloneProcess], records: &Records) -> Vec<Shared> {
+    let mut at: HashMap<(u64, u64, u64, u64), Vec<usize>> = HashMap::new();
+    for (index, clone) in clones.iter().enumerate() {
         for map in &clone.maps {
-            at.entry((map.start, map.dev, map.ino, map.offset.get())).or_default().push(clone.pid);
+            at.entry((map.start, map.dev, map.ino, map.offset.get())).or_default().push(index);
         }
     }
-    let mut suspects: HashSet<u32> = at.into_values().filter(|pids| pids.len() > 1).flatten().collect();
-    for (clone, _) in clones {
-        if merged_by_ksm(clone.pid) {
-            suspects.insert(clone.pid);
-        }
-    }
-    suspects
-}
-
-fn merged_by_ksm(pid: u32) -> bool {
-    // Older kernels have no KSM figure for each process. Then every frame is read if KSM has merged any page.
-    let thread = tasks::with_memory(pid).ok().flatten();
-    let Some(text) = thread.and_then(|thread| procfs::read_text(&thread.join("ksm_stat")).ok()) else {
-        return Path::new("/sys/kernel/mm/ksm/pages_shared").exists();
+    let is_simulated = |clone: &CloneProcess| {
+        record_of(clone, records).is_some_and(|entry| matches!(entry.kind, Kind::Simulated))
     };
-    let field = |line: &str| line.strip_prefix("ksm_merging_pages")?.trim().parse::<u64>().ok();
-    text.lines().find_map(field).is_some_and(|pages| pages > 0)
+    let mut shared = vec![Shared::Nothing; clones.len()];
+    for indexes in at.into_values().filter(|indexes| indexes.len() > 1) {
+        let (simulated, others): (Vec<usize>, Vec<usize>) =
+            indexes.into_iter().partition(|index| is_simulated(&clones[*index]));
+        for index in simulated {
+            shared[index] = Shared::Outside;
+        }
+        if others.iter().any(|index| clones[*index].processes().any(|its| !tasks::has_executed(its.pid))) {
+            for index in others {
+                shared[index] = Shared::ByFork;
+            }
+        }
+    }
+    if ksm::has_merged_pages() {
+        for (clone, shared) in clones.iter().zip(&mut shared) {
+            if ksm::has_merged_pages_of(clone.pid) {
+                *shared = Shared::ByKsm;
+            }
+        }
+    }
+    shared
 }

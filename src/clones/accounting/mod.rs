@@ -15,7 +15,7 @@ mod templates;
 mod totals;
 
 pub use dirty::{DirtyRange, dirty_of};
-pub use process::{CloneMemory, Measured, measure, runs_kvm};
+pub use process::{CloneMemory, Measured, runs_kvm};
 pub use replaced::{Replaced, replaced};
 pub use survey::{CloneRow, Density, Survey, survey};
 pub use totals::Totals;

@@ -4,15 +4,15 @@ use std::ops::Range;
 
 use serde::Serialize;
 
+use super::frames::{self, Counted, Frames, Shared};
 use super::replaced::{self, Replaced};
 use crate::clones::find::CloneProcess;
-use crate::clones::ranges::subtract;
+use crate::clones::ranges::{joined, subtract};
 use crate::clones::zero_memory::ZeroMemory;
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 use crate::sys::memory::pagemap::{Categories, DirtyRange, Pagemap, Query};
-use crate::sys::process::cgroup;
 use crate::sys::process::procfs::{self, MapLine};
-use crate::sys::process::tasks;
+use crate::sys::process::{cgroup, tasks};
 use crate::units::{Bytes, PageCount};
 
 /// User addresses on x86-64 with four-level page tables. With five levels, addresses above need an explicit hint to
@@ -55,6 +55,8 @@ pub struct Measured {
     pub replaced: Vec<(Replaced, Vec<DirtyRange>)>,
     /// Addresses of the private memory outside template mappings.
     pub overhead: Vec<Range<u64>>,
+    /// Frames of the private pages, as far as another clone may have them too.
+    pub(super) frames: Frames,
     /// Name of the command.
     pub command: String,
     /// Real user id.
@@ -63,54 +65,43 @@ pub struct Measured {
     pub cgroup: String,
 }
 
-impl Measured {
-    /// Returns the private pages in place of template pages: copies, and memory of replaced pages.
-    pub fn private(&self) -> impl Iterator<Item = &DirtyRange> {
-        self.copied.iter().flatten().chain(self.replaced.iter().flat_map(|(_, private)| private))
-    }
-}
-
-/// Measures one clone, and adds its zero memory to its mappings. Returns `None` if the clone has exited.
+/// Measures one clone, and adds its zero memory to its mappings. Returns `None` if the clone has exited. `shared` tells of
+/// which pages the frames are read.
 ///
 /// # Errors
 /// Returns an error if the process cannot be inspected.
-pub fn measure(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>) -> Result<Option<Measured>> {
-    match inspect(clone, zeros) {
+pub(super) fn measure(
+    clone: &mut CloneProcess,
+    zeros: &ZeroMemory<'_>,
+    shared: Shared,
+) -> Result<Option<Measured>> {
+    match inspect(clone, zeros, shared) {
         Err(error) if error.code() == Code::NotFound => Ok(None),
         other => other,
     }
 }
 
-fn inspect(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>) -> Result<Option<Measured>> {
-    let pagemap = Pagemap::open(clone.pid)?;
+fn inspect(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>, shared: Shared) -> Result<Option<Measured>> {
+    let (pagemap, status) = Pagemap::open_with_status(clone.pid)?;
     // The kernel may have reused the process id. The open pagemap is bound to one address space, so a later reuse does
     // not change what is read.
     if !clone.process().is_alive() {
         return Ok(None);
     }
-    let Some(lines) = procfs::maps(clone.pid, |_, _| true)? else { return Ok(None) };
-    zeros.add(&mut clone.maps, &lines)?;
+    zeros.add(&mut clone.maps, || all_maps(clone.pid))?;
     let mut memory = CloneMemory::default();
     let mut copied = Vec::with_capacity(clone.maps.len());
     for map in &clone.maps {
         memory.mapped_bytes += map.length;
-        let copies = pagemap.dirty(map.range())?;
-        memory.dirty_pages += copies.iter().map(|copy| PageCount::new(copy.pages())).sum();
-        memory.add_private(&copies);
-        copied.push(copies);
-        if map.anonymous {
-            continue;
-        }
-        for region in pagemap.scan(map.range(), &clean())? {
-            let bytes = Bytes::new(region.range.end - region.range.start);
-            memory.mapped_clean_bytes += bytes;
-            if region.categories.contains(Categories::HUGE) {
-                memory.pmd_mapped_bytes += bytes;
-            }
-        }
+        let pages = pagemap.of_file_mapping(map.range())?;
+        memory.dirty_pages += pages.dirty.iter().map(|copy| PageCount::new(copy.pages())).sum();
+        memory.add_private(&pages.dirty);
+        memory.mapped_clean_bytes += pages.clean;
+        memory.pmd_mapped_bytes += pages.clean_huge;
+        copied.push(pages.dirty);
     }
     let mut replaced = Vec::new();
-    for found in replaced::replaced(&clone.maps, &lines, || runs_kvm(clone.pid)) {
+    for found in replaced::replaced(&clone.maps, || all_maps(clone.pid), || runs_kvm(clone.pid))? {
         let pages = Bytes::new(found.range.end - found.range.start).pages();
         memory.dirty_pages += pages;
         memory.replaced_pages += pages;
@@ -122,12 +113,32 @@ fn inspect(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>) -> Result<Option<Me
     }
     let in_place = clone.maps.iter().map(|map| map.range());
     let in_place = in_place.chain(replaced.iter().map(|(replaced, _)| replaced.range.clone()));
-    let overhead = outside(in_place.collect(), &lines, &pagemap)?;
+    let overhead = outside(joined(in_place.collect()), clone, &pagemap)?;
     memory.overhead_bytes = overhead.iter().map(|range| Bytes::new(range.end - range.start)).sum();
-    let Some(status) = procfs::status(clone.pid)? else { return Ok(None) };
     memory.page_table_bytes = status.page_tables;
     let Some(cgroup) = cgroup::path(clone.pid)? else { return Ok(None) };
-    Ok(Some(Measured { memory, copied, replaced, overhead, command: status.name, uid: status.uid, cgroup }))
+    let private = match shared {
+        Shared::Nothing | Shared::Outside => Counted::exclusive(memory.private_bytes),
+        Shared::ByFork | Shared::ByKsm => {
+            let ranges = private_of(&copied, &replaced).filter(|range| !range.swapped);
+            frames::count(&pagemap, &ranges.map(|range| range.range.clone()).collect::<Vec<_>>(), shared)?
+        }
+    };
+    let outside = match shared {
+        Shared::Nothing => Counted::exclusive(memory.overhead_bytes),
+        _ => frames::count(&pagemap, &overhead, shared)?,
+    };
+    let frames = Frames { private, overhead: outside };
+    let (command, uid) = (status.name, status.uid);
+    Ok(Some(Measured { memory, copied, replaced, overhead, frames, command, uid, cgroup }))
+}
+
+/// Returns the private pages in place of template pages: copies, and memory of replaced pages.
+fn private_of<'a>(
+    copied: &'a [Vec<DirtyRange>],
+    replaced: &'a [(Replaced, Vec<DirtyRange>)],
+) -> impl Iterator<Item = &'a DirtyRange> {
+    copied.iter().flatten().chain(replaced.iter().flat_map(|(_, private)| private))
 }
 
 impl CloneMemory {
@@ -139,24 +150,24 @@ impl CloneMemory {
     }
 }
 
-/// Selects unchanged pages of the file.
-fn clean() -> Query {
-    Query { all: Categories::FILE | Categories::PRESENT, report: Categories::HUGE, ..Query::default() }
-}
-
-/// Returns the address ranges of anonymous memory outside of `skip`, in order.
-fn outside(mut skip: Vec<Range<u64>>, lines: &[MapLine], pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
+/// Returns the address ranges of anonymous memory outside of `skip`, in order. The pages in `skip` are not scanned.
+fn outside(skip: Vec<Range<u64>>, clone: &CloneProcess, pagemap: &Pagemap) -> Result<Vec<Range<u64>>> {
     let anonymous = Query {
         all: Categories::PRESENT,
         none: Categories::FILE | Categories::ZERO | Categories::GUARD,
         ..Query::default()
     };
-    let present = pagemap.scan(ADDRESS_SPACE, &anonymous)?.into_iter().map(|region| region.range);
-    let present: Vec<_> = present.collect();
+    let mut present = Vec::new();
+    for part in subtract(&[ADDRESS_SPACE], &skip) {
+        present.extend(pagemap.scan(part, &anonymous)?.into_iter().map(|region| region.range));
+    }
     // Data pages of the kernel ([vvar]) look like private memory, but exist only once.
-    skip.extend(lines.iter().filter(|line| line.path.starts_with("[v")).map(|line| line.start..line.end));
-    skip.sort_unstable_by_key(|range| range.start);
-    Ok(subtract(&present, &skip))
+    Ok(subtract(&present, &clone.kernel_pages))
+}
+
+fn all_maps(pid: u32) -> Result<Vec<MapLine>> {
+    let lines = procfs::maps(pid, |_, _| true)?;
+    lines.ok_or_else(|| Error::not_found(format!("process {pid} has exited")))
 }
 
 /// Returns true if the process has a KVM virtual machine. The kernel reports the second-level page tables of all VMs

@@ -7,14 +7,14 @@ use crate::clones::registry::Entry;
 use crate::sys::process::ProcessId;
 
 /// The records of clones by their process.
-pub type Records = HashMap<ProcessId, Entry>;
+pub type Records<'a> = HashMap<ProcessId, &'a Entry>;
 
 /// Returns these records by their process; records without a process are skipped.
-pub fn records_by_process(entries: Vec<Entry>) -> Records {
-    entries.into_iter().filter_map(|entry| Some((entry.process()?, entry))).collect()
+pub fn records_by_process(entries: &[Entry]) -> Records<'_> {
+    entries.iter().filter_map(|entry| Some((entry.process()?, entry))).collect()
 }
 
 /// Returns the record of a clone. The record may name any process of the clone's address space.
-pub fn record_of<'a>(clone: &CloneProcess, records: &'a Records) -> Option<&'a Entry> {
-    clone.processes().find_map(|process| records.get(&process))
+pub fn record_of<'a>(clone: &CloneProcess, records: &Records<'a>) -> Option<&'a Entry> {
+    clone.processes().find_map(|process| records.get(&process).copied())
 }

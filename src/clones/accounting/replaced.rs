@@ -13,6 +13,7 @@
 use std::ops::Range;
 
 use crate::clones::find::TemplateMapping;
+use crate::error::Result;
 use crate::sys::process::procfs::MapLine;
 use crate::units::PAGE_SIZE;
 
@@ -28,11 +29,23 @@ pub struct Replaced {
 }
 
 /// Returns the replaced pages of a process in the order of their addresses. `maps` are its template mappings, `lines`
-/// all of its mappings, both by address. `is_vmm` returns true if the process has a virtual machine; the search calls
-/// `is_vmm` only if the result depends on the answer.
-pub fn replaced(maps: &[TemplateMapping], lines: &[MapLine], is_vmm: impl Fn() -> bool) -> Vec<Replaced> {
+/// returns all of its mappings, both by address. `is_vmm` returns true if the process has a virtual machine. The search
+/// calls both only if the result depends on the answer.
+///
+/// # Errors
+/// Returns the error of `lines`.
+pub fn replaced(
+    maps: &[TemplateMapping],
+    lines: impl FnOnce() -> Result<Vec<MapLine>>,
+    is_vmm: impl Fn() -> bool,
+) -> Result<Vec<Replaced>> {
     let mut found = Vec::new();
-    for missing in missing_parts(maps) {
+    let missing = missing_parts(maps);
+    if missing.is_empty() {
+        return Ok(found);
+    }
+    let lines = &lines()?[..];
+    for missing in missing {
         match (missing.before, missing.behind) {
             (Some(before), Some(behind)) if distance(&maps[before]) == distance(&maps[behind]) => {
                 let gap = maps[before].range().end..maps[behind].start;
@@ -65,7 +78,7 @@ pub fn replaced(maps: &[TemplateMapping], lines: &[MapLine], is_vmm: impl Fn() -
         }
     }
     found.sort_by_key(|replaced| replaced.range.start);
-    found
+    Ok(found)
 }
 
 /// A part of a file that the process does not map, and the mappings of the parts before and behind it.
@@ -191,7 +204,7 @@ mod tests {
         }));
         lines.iter_mut().filter(|line| !line.path.is_empty()).for_each(|line| line.ino = 2);
         lines.sort_by_key(|line| line.start);
-        let found = replaced(maps, &lines, || is_vmm);
+        let found = replaced(maps, || Ok(lines), || is_vmm).unwrap();
         let found = found.into_iter().map(|found| found.range);
         found.map(|range| (range.start / PAGE_SIZE, range.end / PAGE_SIZE)).collect()
     }
@@ -246,7 +259,7 @@ mod tests {
         // Other memory of the process may lie behind the first region, or before the second one.
         let sides = |others: [Range<u64>; 2]| {
             let lines = others.map(memory);
-            let found = replaced(&maps, &lines, || true);
+            let found = replaced(&maps, || Ok(lines.to_vec()), || true).unwrap();
             let bytes: u64 = found.iter().map(|found| found.range.end - found.range.start).sum();
             (bytes / PAGE_SIZE, found[0].is_certain)
         };

@@ -24,7 +24,7 @@ pub fn resident(
     mounts: &[Mount],
     backings: &[(usize, Residency)],
     inodes: &Inodes,
-    clones: &[CloneProcess],
+    clones: &[&CloneProcess],
 ) -> Result<Resident> {
     let mut resident = Resident::new();
     for (_, backing) in backings {
@@ -65,7 +65,7 @@ pub fn backings(mounts: &[Mount]) -> Result<Vec<(usize, Residency)>> {
 pub fn each_inode(
     mounts: &[Mount],
     inodes: &Inodes,
-    clones: &[CloneProcess],
+    clones: &[&CloneProcess],
     wanted: impl Fn(&ServedFile) -> bool,
     mut each: impl FnMut(&ServedFile, File) -> Result<()>,
 ) -> Result<()> {
@@ -96,7 +96,7 @@ fn root_of(mount: &Mount) -> Option<File> {
     (root.metadata().ok()?.dev() == mount.device).then_some(root)
 }
 
-fn one_mapping_of_each(clones: &[CloneProcess]) -> HashMap<(u64, u64), String> {
+fn one_mapping_of_each(clones: &[&CloneProcess]) -> HashMap<(u64, u64), String> {
     let mut paths = HashMap::new();
     for clone in clones {
         for map in clone.maps.iter().filter(|map| !map.anonymous) {

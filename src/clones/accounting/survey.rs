@@ -1,5 +1,8 @@
 //! A measurement of all clones of some mounts.
 
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
 use serde::Serialize;
 
 use super::process::{CloneMemory, Measured, measure};
@@ -14,6 +17,8 @@ use crate::clones::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::Result;
 use crate::store::Digest;
+use crate::sys::memory::pagemap;
+use crate::sys::process::threads;
 use crate::units::Bytes;
 
 /// One clone and its memory.
@@ -78,29 +83,50 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     if let Some(only) = only {
         found.retain(|clone| clone.maps.iter().any(|map| map.digest == *only));
     }
-    let mut clones = Vec::with_capacity(found.len());
-    let zeros = ZeroMemory::new(&inodes);
-    for mut clone in found {
-        if let Some(measured) = measure(&mut clone, &zeros)? {
-            clones.push((clone, measured));
-        }
-    }
     let entries = registry::list()?;
+    let records = records_by_process(&entries);
+    let mut clones = measure_all(found, &inodes, &records)?;
     disks::add(&mut clones, &entries)?;
     let mut templates = Templates::of(mounts, only)?;
-    let processes: Vec<CloneProcess> = clones.iter().map(|(clone, _)| clone.clone()).collect();
+    let processes: Vec<&CloneProcess> = clones.iter().map(|(clone, _)| clone).collect();
     let backings = residency::backings(mounts)?;
     templates.add_residency(&residency::resident(mounts, &backings, &inodes, &processes)?);
     templates.add_clones(&processes, &backings);
     let metadata: Bytes = backings.iter().map(|(_, backing)| backing.metadata_bytes).sum();
     let store_cache = templates.store_cache()? + residency::daemons(mounts)? + metadata;
-    let records = records_by_process(entries);
     let copied = Copied::of(&clones, &templates.opened, &records)?;
-    let totals = Totals::new(&clones, &templates.rows(), store_cache, frames::distinct(&clones)?, copied)?;
+    let distinct = frames::distinct(clones.iter().map(|(_, measured)| &measured.frames));
+    let totals = Totals::new(&clones, &templates.rows(), store_cache, distinct, copied, &records)?;
     let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &records)).collect();
     let baseline = baseline(&clones, &records);
     let density = Density { templates: templates.rows(), clones: rows, totals };
     Ok(Survey { density, clones, inodes, baseline })
+}
+
+/// Measures these clones on as many threads as there are processors. Clones that have exited are left out.
+fn measure_all(
+    found: Vec<CloneProcess>,
+    inodes: &Inodes,
+    records: &Records,
+) -> Result<Vec<(CloneProcess, Measured)>> {
+    let (count, shared, zeros) = (found.len(), frames::shared(&found, records), ZeroMemory::new(inodes));
+    let results = Mutex::new(Vec::with_capacity(count));
+    let queue = Mutex::new(found.into_iter().zip(shared).enumerate());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some((index, (mut clone, shared))) = next() {
+            if let Some(measured) = measure(&mut clone, &zeros, shared)? {
+                results.lock().unwrap_or_else(PoisonError::into_inner).push((index, (clone, measured)));
+            }
+        }
+        Ok(())
+    };
+    threads::share(thread::available_parallelism().map_or(1, usize::from), work)?;
+    let pagemap::Work { scanned_pages, entry_reads } = pagemap::work();
+    log::debug!("{count} clones: {scanned_pages} pages scanned, {entry_reads} reads of page table entries");
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_unstable_by_key(|(index, _)| *index);
+    Ok(results.into_iter().map(|(_, clone)| clone).collect())
 }
 
 /// Returns the baseline that all of these clones have in common. Two launches that started at the same time may both

@@ -111,7 +111,7 @@ impl Templates {
         }
     }
 
-    pub fn add_clones(&mut self, clones: &[CloneProcess], backings: &[(usize, Residency)]) {
+    pub fn add_clones(&mut self, clones: &[&CloneProcess], backings: &[(usize, Residency)]) {
         let kind = |map: &TemplateMapping| {
             let of_map = |(mount, backing): &&(usize, Residency)| {
                 (*mount, backing.digest, &backing.file) == (map.mount, map.digest, &map.file)

@@ -11,10 +11,11 @@ use super::records::{Records, record_of};
 use super::templates::TemplateMemory;
 use crate::clones::find::CloneProcess;
 use crate::clones::ranges::joined;
+use crate::clones::registry::Kind;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
 use crate::sys::process::procfs;
-use crate::units::{Bytes, PAGE_SIZE, PageCount, approximate};
+use crate::units::{Bytes, PAGE_SIZE, PageCount, approximate, to_usize};
 
 /// Sums over all clones, in bytes. Each page frame is counted once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -74,16 +75,16 @@ impl Copied {
         records: &Records,
     ) -> Result<Copied> {
         let mut copied = Copied { restored: Bytes::ZERO, touched: Some(Bytes::ZERO) };
-        let mut data = DataOfRanges::default();
+        let mut data = DataPages::default();
         for (clone, measured) in clones {
             for ((digest, index), ranges) in mapped_file_ranges(clone) {
                 if let Some(template) = templates.get(&digest) {
                     for Range { start, end } in ranges {
-                        copied.restored += data.bytes(template, index, start, end)?;
+                        copied.restored += data.of(template, index)?.bytes(start..end);
                     }
                 }
             }
-            copied.restored += new_pages(clone, measured, templates)?.bytes();
+            copied.restored += new_pages(clone, measured, templates, &mut data)?.bytes();
             let touched = record_of(clone, records).and_then(|entry| entry.touched);
             copied.touched = copied.touched.zip(touched).map(|(sum, touched)| {
                 sum + PageCount::new(touched.read_pages + touched.written_pages).bytes()
@@ -93,27 +94,50 @@ impl Copied {
     }
 }
 
-/// Cache of the data bytes of file ranges. Many clones map the same ranges.
+/// The data pages of the files that clones map.
 #[derive(Default)]
-struct DataOfRanges(BTreeMap<(Digest, usize, u64, u64), Bytes>);
+struct DataPages(BTreeMap<(Digest, usize), FileData>);
 
-impl DataOfRanges {
-    fn bytes(&mut self, template: &Template, index: usize, start: u64, end: u64) -> Result<Bytes> {
-        let key = (*template.digest(), index, start, end);
-        if let Some(bytes) = self.0.get(&key) {
-            return Ok(*bytes);
+impl DataPages {
+    fn of(&mut self, template: &Template, index: usize) -> Result<&mut FileData> {
+        use std::collections::btree_map::Entry;
+        match self.0.entry((*template.digest(), index)) {
+            Entry::Occupied(data) => Ok(data.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(FileData::of(template, index)?)),
         }
-        let mut pages = 0;
-        for block in start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE) {
-            let mask = u64::from(template.data_pages(index, block)?);
-            for page in 0..BLOCK_SIZE / PAGE_SIZE {
-                let offset = block * BLOCK_SIZE + page * PAGE_SIZE;
-                pages += u64::from(mask >> page & 1 == 1 && (start..end).contains(&offset));
-            }
+    }
+}
+
+/// The data pages of one file.
+struct FileData {
+    /// One mask of pages for each block.
+    masks: Vec<u16>,
+    /// Known sizes. Many clones map the same range.
+    sizes: BTreeMap<(u64, u64), Bytes>,
+}
+
+impl FileData {
+    fn of(template: &Template, index: usize) -> Result<FileData> {
+        let blocks = template.files()[index].size.get().div_ceil(BLOCK_SIZE);
+        let masks = (0..blocks).map(|block| template.data_pages(index, block)).collect::<Result<_>>()?;
+        Ok(FileData { masks, sizes: BTreeMap::new() })
+    }
+
+    /// Returns true if the page at this offset has data. Pages behind the end of the file have none.
+    fn has(&self, offset: u64) -> bool {
+        let mask = self.masks.get(to_usize(offset / BLOCK_SIZE)).copied().unwrap_or(0);
+        mask >> (offset % BLOCK_SIZE / PAGE_SIZE) & 1 == 1
+    }
+
+    fn bytes(&mut self, range: Range<u64>) -> Bytes {
+        let key = (range.start, range.end);
+        if let Some(bytes) = self.sizes.get(&key) {
+            return *bytes;
         }
-        let bytes = PageCount::new(pages).bytes();
-        self.0.insert(key, bytes);
-        Ok(bytes)
+        let pages = range.step_by(to_usize(PAGE_SIZE)).filter(|offset| self.has(*offset)).count();
+        let bytes = PageCount::new(pages as u64).bytes();
+        self.sizes.insert(key, bytes);
+        bytes
     }
 }
 
@@ -134,21 +158,28 @@ fn new_pages(
     clone: &CloneProcess,
     measured: &Measured,
     templates: &BTreeMap<Digest, Template>,
+    data: &mut DataPages,
 ) -> Result<PageCount> {
     let replaced = measured.replaced.iter().flat_map(|(_, private)| private);
     let mut new: u64 = replaced.filter(|range| !range.swapped).map(|range| range.pages()).sum();
     for (map, copied) in clone.maps.iter().zip(&measured.copied) {
         let Some(template) = templates.get(&map.digest) else { continue };
+        let data = data.of(template, map.index)?;
         for copy in copied.iter().filter(|copy| !copy.swapped) {
             let first = map.offset.get() + copy.range.start - map.start;
-            for page in 0..copy.pages() {
-                let offset = first + page * PAGE_SIZE;
-                let mask = u64::from(template.data_pages(map.index, offset / BLOCK_SIZE)?);
-                new += u64::from(mask >> (offset % BLOCK_SIZE / PAGE_SIZE) & 1 == 0);
-            }
+            let offsets = (0..copy.pages()).map(|page| first + page * PAGE_SIZE);
+            new += offsets.filter(|offset| !data.has(*offset)).count() as u64;
         }
     }
     Ok(PageCount::new(new))
+}
+
+/// Returns true if a clone has a virtual machine. A simulated clone has none.
+fn any_runs_kvm(clones: &[(CloneProcess, Measured)], records: &Records) -> bool {
+    let is_simulated = |clone: &CloneProcess| {
+        record_of(clone, records).is_some_and(|entry| matches!(entry.kind, Kind::Simulated))
+    };
+    clones.iter().any(|(clone, _)| !is_simulated(clone) && runs_kvm(clone.pid))
 }
 
 impl Totals {
@@ -162,13 +193,13 @@ impl Totals {
         store_cache_bytes: Bytes,
         distinct: Distinct,
         copied: Copied,
+        records: &Records,
     ) -> Result<Totals> {
         let sum =
             |part: fn(&Measured) -> Bytes| clones.iter().map(|(_, measured)| part(measured)).sum::<Bytes>();
-        let kvm = if clones.iter().any(|(clone, _)| runs_kvm(clone.pid)) {
-            procfs::meminfo("SecPageTables")?.unwrap_or_default()
-        } else {
-            Bytes::ZERO
+        let kvm = match procfs::meminfo("SecPageTables")?.unwrap_or_default() {
+            tables if tables > Bytes::ZERO && any_runs_kvm(clones, records) => tables,
+            _ => Bytes::ZERO,
         };
         let mut totals = Totals {
             clones: clones.len() as u64,

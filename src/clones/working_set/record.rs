@@ -131,7 +131,7 @@ pub(super) fn look(
         return Ok(None);
     }
     if clone.maps.len() > 1 {
-        zeros.add(&mut clone.maps, &procfs::maps(pid, |_, _| true)?.unwrap_or_default())?;
+        zeros.add(&mut clone.maps, || Ok(procfs::maps(pid, |_, _| true)?.unwrap_or_default()))?;
     }
     let process = clone.process();
     let mut looks = Vec::with_capacity(clone.maps.len());

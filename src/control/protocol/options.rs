@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::store::BLOCK_SIZE;
 use crate::json_log::LogFormat;
+use crate::store::BLOCK_SIZE;
 use crate::units::{Bytes, PAGE_SIZE};
 
 /// How the files of a mount are served.

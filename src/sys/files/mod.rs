@@ -14,9 +14,9 @@ pub mod immutable;
 pub mod loop_devices;
 #[cfg(feature = "internals")]
 pub mod mount;
-pub mod read_ahead;
 #[cfg(feature = "internals")]
 pub mod private_mounts;
+pub mod read_ahead;
 #[cfg(feature = "internals")]
 pub mod stream;
 #[cfg(feature = "internals")]

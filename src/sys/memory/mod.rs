@@ -6,6 +6,8 @@ pub mod alloc;
 pub mod cachestat;
 #[cfg(feature = "rust-vmm")]
 pub mod guest_region;
+#[cfg(feature = "internals")]
+pub mod ksm;
 pub mod mapped_file;
 pub mod mapping;
 #[cfg(feature = "internals")]

@@ -10,10 +10,11 @@ use std::io;
 use std::ops::{BitOr, Range};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
-use crate::sys::process::tasks;
-use crate::units::PAGE_SIZE;
+use crate::sys::process::{procfs, tasks};
+use crate::units::{Bytes, PAGE_SIZE};
 
 mod entry;
 
@@ -40,6 +41,11 @@ impl Categories {
     /// Returns true if every category of `other` is in this set.
     pub const fn contains(self, other: Categories) -> bool {
         self.0 & other.0 == other.0
+    }
+
+    /// Returns true if a category of `other` is in this set.
+    pub const fn intersects(self, other: Categories) -> bool {
+        self.0 & other.0 != 0
     }
 }
 
@@ -89,6 +95,20 @@ impl DirtyRange {
     }
 }
 
+/// The pages of a private file mapping.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FilePages {
+    /// Copied pages.
+    pub dirty: Vec<DirtyRange>,
+    /// Pages of the file that the page tables map.
+    pub clean: Bytes,
+    /// Part of `clean` that PMDs map (huge pages).
+    pub clean_huge: Bytes,
+}
+
+/// Categories of which a copied page has none.
+const NOT_COPIED: Categories = Categories(Categories::FILE.0 | Categories::ZERO.0 | Categories::GUARD.0);
+
 #[repr(C)]
 struct ScanArgument {
     size: u64,
@@ -121,6 +141,26 @@ const REGIONS_PER_CALL: usize = 1024;
 
 /// Maximum number of entries per read.
 const ENTRIES_PER_READ: usize = 8192;
+
+static SCANNED_PAGES: AtomicU64 = AtomicU64::new(0);
+static ENTRY_READS: AtomicU64 = AtomicU64::new(0);
+
+/// Work of all pagemaps of this process since its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// Size of the scanned address ranges, in pages.
+    pub scanned_pages: u64,
+    /// Number of read(2) calls for entries.
+    pub entry_reads: u64,
+}
+
+/// Returns the work since the start of this process.
+pub fn work() -> Work {
+    Work {
+        scanned_pages: SCANNED_PAGES.load(Ordering::Relaxed),
+        entry_reads: ENTRY_READS.load(Ordering::Relaxed),
+    }
+}
 
 /// An open pagemap of one process.
 #[derive(Debug)]
@@ -156,6 +196,21 @@ impl Pagemap {
         Ok(Pagemap { file: file.ok_or_else(|| exited(Some(pid)))?, pid: Some(pid) })
     }
 
+    /// Same as [`Pagemap::open`], also returns fields of `/proc/PID/status`.
+    ///
+    /// # Errors
+    /// Same as [`Pagemap::open`].
+    pub fn open_with_status(pid: u32) -> Result<(Pagemap, procfs::Status)> {
+        let opened = tasks::through_memory(pid, |directory| {
+            let file = File::open(directory.join("pagemap"))?;
+            Ok(procfs::status_with_memory(directory)?.map(|status| (file, status)))
+        });
+        let path = || format!("/proc/{pid}/pagemap");
+        let opened = opened.map_err(|e| Error::io("cannot open pagemap", path(), e))?;
+        let (file, status) = opened.ok_or_else(|| exited(Some(pid)))?;
+        Ok((Pagemap { file, pid: Some(pid) }, status))
+    }
+
     fn path(&self) -> String {
         self.pid.map_or_else(|| "/proc/self/pagemap".to_owned(), |pid| format!("/proc/{pid}/pagemap"))
     }
@@ -189,6 +244,7 @@ impl Pagemap {
 
     fn scan_each(&self, range: Range<u64>, query: &Query, mut each: impl FnMut(Region)) -> Result<()> {
         check_pages(&range)?;
+        SCANNED_PAGES.fetch_add((range.end - range.start) / PAGE_SIZE, Ordering::Relaxed);
         let mut regions = vec![RawRegion::default(); REGIONS_PER_CALL];
         let mut start = range.start;
         while start < range.end {
@@ -247,26 +303,57 @@ impl Pagemap {
     /// Same as [`Pagemap::scan`] and [`Pagemap::entries`].
     pub fn dirty(&self, range: Range<u64>) -> Result<Vec<DirtyRange>> {
         let query = Query {
-            none: Categories::FILE | Categories::ZERO | Categories::GUARD,
+            none: NOT_COPIED,
             any: Categories::PRESENT | Categories::SWAPPED,
             report: Categories::SWAPPED,
             ..Query::default()
         };
         let mut dirty: Vec<DirtyRange> = Vec::new();
         for region in self.scan(range, &query)? {
-            if !region.categories.contains(Categories::SWAPPED) {
-                push(&mut dirty, region.range, false);
-                continue;
-            }
-            self.each_entry(region.range, |address, entry| {
-                // The page may have been swapped in since the scan.
-                let copied = !entry.is_file() && !entry.is_guard() && !entry.is_marker();
-                if copied && (entry.is_present() || entry.is_swap()) {
-                    push(&mut dirty, address..address + PAGE_SIZE, entry.swap_slot().is_some());
-                }
-            })?;
+            self.add_dirty(region, &mut dirty)?;
         }
         Ok(dirty)
+    }
+
+    /// Adds the pages of a region without a category of [`NOT_COPIED`].
+    fn add_dirty(&self, region: Region, dirty: &mut Vec<DirtyRange>) -> Result<()> {
+        if !region.categories.contains(Categories::SWAPPED) {
+            push(dirty, region.range, false);
+            return Ok(());
+        }
+        self.each_entry(region.range, |address, entry| {
+            // The page may have been swapped in since the scan.
+            let copied = !entry.is_file() && !entry.is_guard() && !entry.is_marker();
+            if copied && (entry.is_present() || entry.is_swap()) {
+                push(dirty, address..address + PAGE_SIZE, entry.swap_slot().is_some());
+            }
+        })
+    }
+
+    /// Returns the copied pages of a private file mapping, as [`Pagemap::dirty`] does, and the size of its clean pages,
+    /// by one scan.
+    ///
+    /// # Errors
+    /// Same as [`Pagemap::dirty`].
+    pub fn of_file_mapping(&self, range: Range<u64>) -> Result<FilePages> {
+        let query = Query {
+            any: Categories::PRESENT | Categories::SWAPPED,
+            report: Categories::PRESENT | Categories::SWAPPED | Categories::HUGE | NOT_COPIED,
+            ..Query::default()
+        };
+        let mut pages = FilePages::default();
+        for region in self.scan(range, &query)? {
+            if region.categories.contains(Categories::FILE | Categories::PRESENT) {
+                let bytes = Bytes::new(region.range.end - region.range.start);
+                pages.clean += bytes;
+                if region.categories.contains(Categories::HUGE) {
+                    pages.clean_huge += bytes;
+                }
+            } else if !region.categories.intersects(NOT_COPIED) {
+                self.add_dirty(region, &mut pages.dirty)?;
+            }
+        }
+        Ok(pages)
     }
 
     /// Returns the entries of all pages of `range` in ascending order.
@@ -291,6 +378,7 @@ impl Pagemap {
         let mut address = range.start;
         while address < range.end {
             let wanted = buffer.len().min(8 * ((range.end - address) / PAGE_SIZE) as usize);
+            ENTRY_READS.fetch_add(1, Ordering::Relaxed);
             let got = match self.file.read_at(&mut buffer[..wanted], address / PAGE_SIZE * 8) {
                 Ok(got) => got & !7,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,

@@ -17,24 +17,25 @@ use crate::sys::process::tasks;
 const VM: libc::c_int = 1;
 
 /// Returns the distinct address spaces of the given processes, each as its list of processes, the oldest process first.
-/// Only processes with the same key `K` (their `maps`) are compared; equal keys are common after fork(2). If a
+/// The second value of each process is a thread that has its memory: the first thread may have exited. Only processes with the same key `K` (their `maps`) are compared; equal keys are common after fork(2). If a
 /// comparison exceeds [`SCAN_TIMEOUT`], the whole group of processes with that key is reported in `unseen`.
 ///
 /// # Errors
 /// Returns an error if kcmp(2) fails: the number of address spaces is then unknown.
 pub fn distinct<K: Hash + Eq>(
-    processes: impl Iterator<Item = (ProcessId, K)>,
+    processes: impl Iterator<Item = (ProcessId, u32, K)>,
 ) -> Result<Looks<Vec<ProcessId>>> {
-    let mut alike: HashMap<K, Vec<ProcessId>> = HashMap::new();
-    for (process, maps) in processes {
-        alike.entry(maps).or_default().push(process);
+    let mut alike: HashMap<K, Vec<(ProcessId, u32)>> = HashMap::new();
+    for (process, thread, maps) in processes {
+        alike.entry(maps).or_default().push((process, thread));
     }
     let (mut found, mut groups) = (Looks { seen: Vec::new(), unseen: Vec::new() }, HashMap::new());
     for mut group in alike.into_values() {
-        group.sort_unstable_by_key(|process| process.identity);
-        let first = group[0].pid;
+        group.sort_unstable_by_key(|(process, _)| process.identity);
+        let (process, _) = group[0];
+        let first = process.pid;
         match group.len() {
-            1 => found.seen.push((first, group)),
+            1 => found.seen.push((first, vec![process])),
             _ => drop(groups.insert(first, group)),
         }
     }
@@ -48,24 +49,19 @@ pub fn distinct<K: Hash + Eq>(
     for (_, spaces) in compared.seen {
         found.seen.extend(spaces.map_err(cannot_compare)?.into_iter().map(|space| (space[0].pid, space)));
     }
-    let of_group = |first: &u32| groups.get(first).into_iter().flatten().map(|process| process.pid);
+    let of_group = |first: &u32| groups.get(first).into_iter().flatten().map(|(process, _)| process.pid);
     found.unseen.extend(compared.unseen.iter().flat_map(of_group));
     found.seen.sort_unstable_by_key(|(pid, _)| *pid);
     found.unseen.sort_unstable();
     Ok(found)
 }
 
-fn split(group: &[ProcessId]) -> io::Result<Vec<Vec<ProcessId>>> {
+fn split(group: &[(ProcessId, u32)]) -> io::Result<Vec<Vec<ProcessId>>> {
     // Binary insertion instead of a sort: kcmp's order is not total while processes exit, and a sort may panic then.
-    // Each space is stored with a thread that uses it, because the first thread of a process may have exited.
     let mut spaces: Vec<(u32, Vec<ProcessId>)> = Vec::with_capacity(group.len());
     let mut alone = Vec::new();
-    for process in group {
-        let Some(thread) = tasks::thread_with_memory(process.pid)? else {
-            // The process is exiting.
-            alone.push(vec![*process]);
-            continue;
-        };
+    for (process, thread) in group {
+        let thread = *thread;
         let (mut low, mut high) = (0, spaces.len());
         let mut same = None;
         while low < high && same.is_none() {
@@ -77,6 +73,8 @@ fn split(group: &[ProcessId]) -> io::Result<Vec<Vec<ProcessId>>> {
             }
         }
         match same {
+            // Threads without memory compare as equal. The process is exiting.
+            Some(_) if tasks::thread_with_memory(process.pid)?.is_none() => alone.push(vec![*process]),
             Some(at) => spaces[at].1.push(*process),
             None => spaces.insert(low, (thread, vec![*process])),
         }
@@ -120,7 +118,7 @@ mod tests {
             (0..5).map(|_| Command::new("sleep").arg("100").spawn().unwrap()).collect();
         let pids = children.iter().map(|child| child.id()).chain([std::process::id()]);
         let all: Vec<ProcessId> = pids.map(|pid| ProcessId::of(pid).unwrap().unwrap()).collect();
-        let twice = all.iter().chain([&all[5], &all[2]]).map(|process| (*process, ()));
+        let twice = all.iter().chain([&all[5], &all[2]]).map(|process| (*process, process.pid, ()));
         let found = distinct(twice).unwrap();
         let mut spaces: Vec<Vec<ProcessId>> = found.seen.into_iter().map(|(_, space)| space).collect();
         spaces.sort_by_key(|space| (space.len(), space[0].identity));

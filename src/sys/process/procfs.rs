@@ -97,7 +97,21 @@ pub fn makedev(major: u32, minor: u32) -> u64 {
 /// # Errors
 /// Returns an error if `/proc/PID/maps` cannot be read (a process of another user, without `CAP_SYS_PTRACE`).
 pub fn maps(pid: u32, wanted: impl Fn(u64, u64) -> bool) -> Result<Option<Vec<MapLine>>> {
-    Ok(read_memory_of(pid, "maps", |text| !text.is_empty())?.map(|text| parse_maps(&text, wanted)))
+    Ok(maps_text(pid)?.map(|(_, text)| parse_maps(&text, wanted)))
+}
+
+/// Returns a thread that has the memory of the process, and the text of `/proc/PID/maps`. Returns `None` if the process
+/// has exited.
+///
+/// # Errors
+/// Same as [`maps`].
+pub fn maps_text(pid: u32) -> Result<Option<(u32, String)>> {
+    let read = |path: &Path| {
+        let text = read_lossy(&path.join("maps"))?;
+        Ok((!text.is_empty()).then(|| (tasks::thread_of(path).unwrap_or(pid), text)))
+    };
+    tasks::through_memory(pid, read)
+        .map_err(|e| Error::io("cannot read process information", format!("/proc/{pid}/maps"), e))
 }
 
 /// Returns the pids of all processes that are visible in this PID namespace, in ascending order.
@@ -164,10 +178,23 @@ pub fn parse_status(text: &str) -> Status {
 /// # Errors
 /// Returns an error if the file cannot be read.
 pub fn status(pid: u32) -> Result<Option<Status>> {
-    match read_memory_of(pid, "status", |text| text.contains("\nVmPTE:"))? {
+    match read_memory_of(pid, "status", has_page_tables)? {
         None => Ok(read_of(pid, "status")?.map(|text| parse_status(&text))),
         text => Ok(text.map(|text| parse_status(&text))),
     }
+}
+
+/// Returns fields of the `status` file in the `/proc` directory of a thread, or `None` if the thread has no memory.
+///
+/// # Errors
+/// Returns an error if the file cannot be read.
+pub fn status_with_memory(folder: &Path) -> io::Result<Option<Status>> {
+    let text = read_lossy(&folder.join("status"))?;
+    Ok(has_page_tables(&text).then(|| parse_status(&text)))
+}
+
+fn has_page_tables(status: &str) -> bool {
+    status.contains("\nVmPTE:")
 }
 
 /// Returns fields of `/proc/TID/status` of a thread, or `None` if the thread has exited. Does not block.
@@ -380,7 +407,8 @@ pub fn read_text(path: &Path) -> Result<String> {
 
 fn read_lossy(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::with_capacity(16 << 10);
-    fs::File::open(path)?.read_to_end(&mut bytes)?;
+    // Without a limit, `read_to_end` first asks for the size and the position of the file, which these files do not have.
+    fs::File::open(path)?.take(u64::MAX).read_to_end(&mut bytes)?;
     Ok(match String::from_utf8(bytes) {
         Ok(text) => text,
         Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),

@@ -5,7 +5,7 @@
 //! The table of open files and the working directory may be private to a thread (`unshare(2)`).
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,6 +23,9 @@ const THREADS: usize = 17;
 
 /// `PF_KTHREAD` of the kernel's `sched.h`.
 const KERNEL_THREAD: u64 = 0x0020_0000;
+
+/// `PF_FORKNOEXEC` of the kernel's `sched.h`. fork(2) sets the flag, and execve(2) clears it.
+const FORKED_WITHOUT_EXEC: u64 = 0x40;
 
 /// Returns the `/proc` directory of a thread.
 pub fn folder(pid: u32, tid: u32) -> PathBuf {
@@ -73,6 +76,12 @@ pub fn is_gone(error: &io::Error) -> bool {
 /// Returns true for a kernel thread, which has no memory and no open files of its own.
 pub fn is_kernel_thread(pid: u32) -> bool {
     stat_field(pid, FLAGS).is_some_and(|flags| flags & KERNEL_THREAD != 0)
+}
+
+/// Returns true if the process has called execve(2) since its fork: its memory began empty, so the process shares no
+/// anonymous page with its parent. False if the process has exited.
+pub fn has_executed(pid: u32) -> bool {
+    stat_field(pid, FLAGS).is_some_and(|flags| flags & FORKED_WITHOUT_EXEC == 0)
 }
 
 /// Returns one number of `/proc/PID/stat`, or `None` if the process has exited.
@@ -132,8 +141,12 @@ pub fn with_memory(pid: u32) -> io::Result<Option<PathBuf>> {
 /// # Errors
 /// Same as [`through_memory`].
 pub fn thread_with_memory(pid: u32) -> io::Result<Option<u32>> {
-    let number = |path: PathBuf| path.file_name()?.to_str()?.parse().ok();
-    Ok(with_memory(pid)?.and_then(number))
+    Ok(with_memory(pid)?.and_then(|folder| thread_of(&folder)))
+}
+
+/// Returns the id of the thread with this `/proc` directory.
+pub fn thread_of(folder: &Path) -> Option<u32> {
+    folder.file_name()?.to_str()?.parse().ok()
 }
 
 /// Returns true if the thread with this `/proc` directory has memory.
@@ -141,8 +154,10 @@ pub fn thread_with_memory(pid: u32) -> io::Result<Option<u32>> {
 /// # Errors
 /// Returns an error if `statm` cannot be read, for example because the thread has exited.
 pub fn has_memory(folder: &Path) -> io::Result<bool> {
-    let pages = fs::read_to_string(folder.join("statm"))?;
-    Ok(pages.split(' ').next().is_some_and(|size| size != "0"))
+    // The text is read at once; its first field is the size of the address space.
+    let mut text = [0; 128];
+    let length = fs::File::open(folder.join("statm"))?.read(&mut text)?;
+    Ok(text[..length].split(|byte| *byte == b' ').next().is_some_and(|size| size != b"0"))
 }
 
 #[cfg(test)]

@@ -28,6 +28,12 @@ impl Entry {
         self.0 >> 61 & 1 == 1
     }
 
+    /// Returns true if one page table entry of all processes maps the page. If the kernel does not count the entries of
+    /// each page, false for some of these pages (`CONFIG_NO_PAGE_MAPCOUNT`).
+    pub fn is_exclusive(self) -> bool {
+        self.0 >> 56 & 1 == 1
+    }
+
     /// Returns true for a guard region (reported since Linux 6.15).
     pub fn is_guard(self) -> bool {
         self.0 >> 58 & 1 == 1

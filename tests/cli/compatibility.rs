@@ -86,6 +86,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
     call(&["density"], &[]);
     let audited = world.json(&["density", "--audit"]);
+    let explained = world.json(&["density", "--why"]);
     call(&["warm", "web:1"], &[]);
     let pid_recorded = recording["clones"][0]["pid"].to_string();
     let recorded = world.json(&["working-set", "record", &pid_recorded]);
@@ -134,6 +135,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     fs::remove_dir_all(vm.join("diff")).unwrap();
     replies.insert("import DIRECTORIES", world.json(&["import", &vm.display().to_string(), "each"]));
     replies.insert("density --audit", audited);
+    replies.insert("density --why", explained);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
     let multifd = json!({"capabilities": [{"capability": "multifd", "state": true}]});
     guest.qmp().run("migrate-set-capabilities", multifd).unwrap();

@@ -8,6 +8,7 @@ pub mod dirty_exact;
 pub mod disks;
 pub mod jail;
 pub mod others;
+pub mod reasons;
 pub mod recipe_clones;
 pub mod recipe_edit;
 pub mod shared_network;

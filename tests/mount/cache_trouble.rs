@@ -102,6 +102,10 @@ fn soak_a_full_cache_disk_during_hydration_fails_no_read() {
     fs::remove_file(&filler).unwrap();
     wait_promoted(&world, &path);
     drop(map_and_compare(&path, &bytes));
+    let density = world.json(&["density", "--why"]);
+    let row = &density["clones"][0];
+    let decode = row["reasons"].as_array().unwrap().iter().find(|reason| reason["code"] == "decode");
+    assert_eq!(decode.map(|reason| &reason["bytes"]), Some(&row["mapped_clean_bytes"]), "{row:#}");
     drop(clone);
     assert_eq!(world.counter("failed"), 0);
     world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).ok();

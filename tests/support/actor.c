@@ -3,6 +3,7 @@
  *
  *   map ID PATH OFFSET LENGTH rw|ro     private mapping
  *   shared ID PATH OFFSET LENGTH        shared read-only mapping
+ *   shifted ID PATH OFFSET LENGTH       private mapping one page behind a multiple of 2 MiB
  *   anon ID LENGTH                      private anonymous memory, for comparison
  *   write ID PAGE [VALUE]               writes one byte in the middle of a page
  *   fill ID PAGE VALUE                  writes the whole page
@@ -49,16 +50,30 @@ static void reply(long result) {
     fflush(stdout);
 }
 
-static long map_file(int id, const char *path, unsigned long offset, unsigned long length, int prot, int flags) {
+static long map_at(void *hint, int id, const char *path, unsigned long offset, unsigned long length, int prot,
+                   int flags) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return -1;
-    void *at = mmap(NULL, length, prot, flags, fd, (off_t)offset);
+    void *at = mmap(hint, length, prot, flags, fd, (off_t)offset);
     close(fd);
     if (at == MAP_FAILED)
         return -1;
     maps[id] = at;
     return 0;
+}
+
+static long map_file(int id, const char *path, unsigned long offset, unsigned long length, int prot, int flags) {
+    return map_at(NULL, id, path, offset, length, prot, flags);
+}
+
+static long map_shifted(int id, const char *path, unsigned long offset, unsigned long length) {
+    unsigned long huge = 2UL << 20;
+    char *space = mmap(NULL, length + 2 * huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED)
+        return -1;
+    char *at = space + (huge - (unsigned long)space % huge) + PAGE;
+    return map_at(at, id, path, offset, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED);
 }
 
 static int stay(void *parent) {
@@ -135,6 +150,8 @@ int main(void) {
         } else if (strcmp(word, "map") == 0 && sscanf(line + used, "%4095s %lu %lu %7s", path, &a, &b, prot) == 4) {
             int both = strcmp(prot, "rw") == 0 ? PROT_READ | PROT_WRITE : PROT_READ;
             reply(map_file(id, path, a, b, both, MAP_PRIVATE));
+        } else if (strcmp(word, "shifted") == 0 && sscanf(line + used, "%4095s %lu %lu", path, &a, &b) == 3) {
+            reply(map_shifted(id, path, a, b));
         } else if (strcmp(word, "shared") == 0 && sscanf(line + used, "%4095s %lu %lu", path, &a, &b) == 3) {
             reply(map_file(id, path, a, b, PROT_READ, MAP_SHARED));
         } else if (strcmp(word, "anon") == 0 && sscanf(line + used, "%lu", &a) == 1) {

@@ -1,5 +1,6 @@
 //! `stencil density`: reports the memory that each clone has copied, and the memory of all clones.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -10,7 +11,7 @@ use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
-use crate::clones::accounting::{self, CloneMemory, Density};
+use crate::clones::accounting::{self, CloneMemory, Code, Density, Reasons};
 use crate::clones::audit::{self, Audit, Verdict};
 use crate::clones::counted;
 use crate::control;
@@ -23,7 +24,7 @@ use crate::units::Bytes;
 #[command(after_help = "\
 Examples:
   stencil density
-  stencil density web:1
+  stencil density web:1 --why
   stencil density --audit --json")]
 pub struct DensityArgs {
     /// Report this template only
@@ -32,6 +33,9 @@ pub struct DensityArgs {
     /// Compare the figures with page frames and with the available memory of the host, over the mounts of all stores
     #[arg(long)]
     audit: bool,
+    /// Report why clones take more memory than they need. Reads the copied pages of all clones
+    #[arg(long)]
+    why: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -40,6 +44,8 @@ struct DensityReport {
     density: Density,
     #[serde(skip_serializing_if = "Option::is_none")]
     audit: Option<Audit>,
+    #[serde(skip)]
+    reasons: Option<Reasons>,
 }
 
 /// Measures the memory of the clones, and returns the report.
@@ -59,20 +65,35 @@ pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
     let only = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
     let survey = accounting::survey(&mounts, only.as_ref())?;
     let audit = args.audit.then(|| audit::audit(&mounts, &survey)).transpose()?;
-    Ok(Done::report(DensityReport { density: survey.density, audit }))
+    let reasons = args.why.then(|| accounting::reasons(&survey)).transpose()?;
+    Ok(Done::report(DensityReport { density: survey.density, audit, reasons }))
 }
 
 impl Report for DensityReport {
     fn json(&self) -> Value {
-        to_json(self)
+        let mut report = to_json(self);
+        let Some(reasons) = &self.reasons else { return report };
+        for (row, template) in rows(&mut report, "templates").zip(&self.density.templates) {
+            let list = reasons.templates.get(&template.digest).map_or(&[][..], Vec::as_slice);
+            row["reasons"] = to_json(&list);
+        }
+        for (row, list) in rows(&mut report, "clones").zip(&reasons.clones) {
+            row["reasons"] = to_json(list);
+        }
+        report
     }
 
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         self.templates(out)?;
         self.clones(out)?;
         self.totals(out)?;
-        self.audited(out)
+        self.audited(out)?;
+        self.explained(out)
     }
+}
+
+fn rows<'a>(report: &'a mut Value, name: &str) -> impl Iterator<Item = &'a mut Value> {
+    report[name].as_array_mut().into_iter().flatten()
 }
 
 fn ratio(value: Option<f64>) -> String {
@@ -175,6 +196,32 @@ impl DensityReport {
                 ratio(t.lazy_ratio)
             )?;
             writeln!(out, "overcommit ratio {} (mapped: {})", ratio(t.overcommit_ratio), t.mapped_bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Prints each code once, with its sum, the number of clones and the remedy.
+    fn explained(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Some(reasons) = &self.reasons else { return Ok(()) };
+        writeln!(out, "\nreasons")?;
+        let mut sums: BTreeMap<(Code, &str), (u64, Bytes)> = BTreeMap::new();
+        let of_clones = reasons.clones.iter().flatten().map(|reason| (reason, 1));
+        let of_templates = reasons.templates.values().flatten().map(|reason| (reason, 0));
+        for (reason, count) in of_templates.chain(of_clones) {
+            let (clones, bytes) = sums.entry((reason.code, reason.remedy)).or_default();
+            *clones += count;
+            *bytes += reason.bytes;
+        }
+        if sums.is_empty() {
+            return writeln!(out, "  none");
+        }
+        for ((code, remedy), (clones, bytes)) in sums {
+            let place = match clones {
+                0 => "all clones of a template".to_owned(),
+                clones => counted(clones, "clone", "clones"),
+            };
+            writeln!(out, "  {:<20}{:>10}  {place}", code.name(), bytes.to_string())?;
+            writeln!(out, "    {remedy}")?;
         }
         Ok(())
     }

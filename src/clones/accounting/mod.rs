@@ -7,6 +7,7 @@ mod dirty;
 mod disks;
 mod frames;
 mod process;
+mod reasons;
 mod records;
 mod replaced;
 pub mod residency;
@@ -16,6 +17,7 @@ mod totals;
 
 pub use dirty::{DirtyRange, dirty_of};
 pub use process::{CloneMemory, Measured, runs_kvm};
+pub use reasons::{Code, Reasons, reasons};
 pub use replaced::{Replaced, replaced};
 pub use survey::{CloneRow, Density, Survey, survey};
 pub use totals::Totals;

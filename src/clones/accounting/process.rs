@@ -51,6 +51,8 @@ pub struct Measured {
     pub memory: CloneMemory,
     /// Copied pages of each mapping, in the order of the mappings.
     pub copied: Vec<Vec<DirtyRange>>,
+    /// Clean pages of each mapping.
+    pub clean: Vec<Bytes>,
     /// Ranges of replaced pages, and the private pages of the memory that is mapped there.
     pub replaced: Vec<(Replaced, Vec<DirtyRange>)>,
     /// Addresses of the private memory outside template mappings.
@@ -91,6 +93,7 @@ fn inspect(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>, shared: Shared) -> 
     zeros.add(&mut clone.maps, || all_maps(clone.pid))?;
     let mut memory = CloneMemory::default();
     let mut copied = Vec::with_capacity(clone.maps.len());
+    let mut clean = Vec::with_capacity(clone.maps.len());
     for map in &clone.maps {
         memory.mapped_bytes += map.length;
         let pages = pagemap.of_file_mapping(map.range())?;
@@ -98,6 +101,7 @@ fn inspect(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>, shared: Shared) -> 
         memory.add_private(&pages.dirty);
         memory.mapped_clean_bytes += pages.clean;
         memory.pmd_mapped_bytes += pages.clean_huge;
+        clean.push(pages.clean);
         copied.push(pages.dirty);
     }
     let mut replaced = Vec::new();
@@ -130,7 +134,7 @@ fn inspect(clone: &mut CloneProcess, zeros: &ZeroMemory<'_>, shared: Shared) -> 
     };
     let frames = Frames { private, overhead: outside };
     let (command, uid) = (status.name, status.uid);
-    Ok(Some(Measured { memory, copied, replaced, overhead, frames, command, uid, cgroup }))
+    Ok(Some(Measured { memory, copied, clean, replaced, overhead, frames, command, uid, cgroup }))
 }
 
 /// Returns the private pages in place of template pages: copies, and memory of replaced pages.

@@ -1,5 +1,6 @@
 //! A measurement of all clones of some mounts.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
@@ -14,9 +15,9 @@ use crate::clones::baseline::Baseline;
 use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
 use crate::clones::registry;
 use crate::clones::zero_memory::ZeroMemory;
-use crate::control::Mount;
+use crate::control::{Mount, Residency};
 use crate::error::Result;
-use crate::store::Digest;
+use crate::store::{Digest, Template};
 use crate::sys::memory::pagemap;
 use crate::sys::process::threads;
 use crate::units::Bytes;
@@ -69,6 +70,10 @@ pub struct Survey {
     pub clones: Vec<(CloneProcess, Measured)>,
     /// The template files of the mounts, by device and inode number.
     pub inodes: Inodes,
+    /// The templates of the mounts.
+    pub(super) opened: BTreeMap<Digest, Template>,
+    /// The backings of the mounts, each with the index of its mount.
+    pub(super) backings: Vec<(usize, Residency)>,
     /// Free memory of the host before the launch, if all clones belong to one launch with a baseline.
     pub baseline: Option<Baseline>,
 }
@@ -100,7 +105,7 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &records)).collect();
     let baseline = baseline(&clones, &records);
     let density = Density { templates: templates.rows(), clones: rows, totals };
-    Ok(Survey { density, clones, inodes, baseline })
+    Ok(Survey { density, clones, inodes, opened: templates.opened, backings, baseline })
 }
 
 /// Measures these clones on as many threads as there are processors. Clones that have exited are left out.

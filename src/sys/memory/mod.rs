@@ -15,3 +15,5 @@ pub mod memfd;
 #[cfg(feature = "internals")]
 pub mod page_flags;
 pub mod pagemap;
+#[cfg(feature = "internals")]
+pub mod process_memory;

@@ -1,0 +1,84 @@
+//! Reasons that follow from page tables and figures.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::code::{Code, Reasons};
+use crate::clones::accounting::process::Measured;
+use crate::clones::accounting::survey::Survey;
+use crate::clones::find::{CloneProcess, TemplateMapping};
+use crate::clones::ranges::{joined, subtract};
+use crate::store::{Digest, Serving};
+use crate::units::{Bytes, HUGE_PAGE_SIZE, PAGE_SIZE, PageCount};
+
+pub fn add(survey: &Survey, reasons: &mut Reasons) {
+    for ((clone, measured), list) in survey.clones.iter().zip(&mut reasons.clones) {
+        let memory = &measured.memory;
+        let (mut decode, mut misaligned, mut all_copied) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
+        for ((map, clean), copied) in clone.maps.iter().zip(&measured.clean).zip(&measured.copied) {
+            match map.serving {
+                Serving::Decode if has_backing(survey, map) => decode += *clean,
+                Serving::Passthrough if map.length.get() >= HUGE_PAGE_SIZE && !is_aligned(map) => {
+                    misaligned += *clean;
+                }
+                _ => {}
+            }
+            let copies: Bytes = copied.iter().map(|copy| PageCount::new(copy.pages()).bytes()).sum();
+            if copies == map.length {
+                all_copied += copies;
+            }
+        }
+        Reasons::push(list, Code::Decode, decode);
+        Reasons::push(list, Code::Misaligned, misaligned);
+        Reasons::push(list, Code::AllCopied, all_copied);
+        let (copies, tables) = (memory.private_bytes, memory.page_table_bytes);
+        if tables > copies {
+            Reasons::push(list, Code::PageTables, tables);
+        }
+        if memory.overhead_bytes > copies + tables {
+            Reasons::push(list, Code::Overhead, memory.overhead_bytes);
+        }
+    }
+    for ((digest, _), pages) in copied_by_all(&survey.clones) {
+        reasons.of_template(digest, Code::CopiedByAll, pages);
+    }
+}
+
+fn has_backing(survey: &Survey, map: &TemplateMapping) -> bool {
+    survey
+        .backings
+        .iter()
+        .any(|(mount, backing)| (*mount, backing.digest, &backing.file) == (map.mount, map.digest, &map.file))
+}
+
+fn is_aligned(map: &TemplateMapping) -> bool {
+    map.start.wrapping_sub(map.offset.get()).is_multiple_of(HUGE_PAGE_SIZE)
+}
+
+/// Digest of a template, and index of a file.
+type File = (Digest, usize);
+
+/// Returns the memory of the pages of each file that all of its clones have copied, if there are several clones.
+fn copied_by_all(clones: &[(CloneProcess, Measured)]) -> BTreeMap<File, Bytes> {
+    let mut files: BTreeMap<File, (u64, Vec<Range<u64>>)> = BTreeMap::new();
+    for (clone, measured) in clones {
+        let mut of_clone: BTreeMap<File, Vec<Range<u64>>> = BTreeMap::new();
+        for (map, copied) in clone.maps.iter().zip(&measured.copied) {
+            let offset = |address: u64| map.offset.get() + address - map.start;
+            let present = copied.iter().filter(|copy| !copy.swapped);
+            let ranges = present.map(|copy| offset(copy.range.start)..offset(copy.range.end));
+            of_clone.entry((map.digest, map.index)).or_default().extend(ranges);
+        }
+        for (file, copied) in of_clone {
+            let copied = joined(copied);
+            let (count, common) = files.entry(file).or_insert_with(|| (0, copied.clone()));
+            *count += 1;
+            *common = subtract(common, &subtract(common, &copied));
+        }
+    }
+    let bytes = |(count, common): (u64, Vec<Range<u64>>)| {
+        let pages: u64 = common.iter().map(|range| (range.end - range.start) / PAGE_SIZE).sum();
+        (count > 1).then(|| PageCount::new(pages * count).bytes())
+    };
+    files.into_iter().filter_map(|(file, found)| Some((file, bytes(found)?))).collect()
+}

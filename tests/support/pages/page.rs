@@ -159,7 +159,7 @@ const BEFORE_PID: [&str; 5] = ["supervisor", "server", "process", "it", "pid"];
 const TIMES: [&str; 12] =
     ["ms", "s", "min", "h", "second", "seconds", "minute", "minutes", "hour", "hours", "day", "days"];
 
-const SIZES: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+const SIZES: [&str; 6] = ["B", "bytes", "KiB", "MiB", "GiB", "TiB"];
 
 fn is_hex(word: &str) -> bool {
     !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))

@@ -97,6 +97,11 @@ fn soak_a_full_cache_disk_during_hydration_fails_no_read() {
     // On a busy host the disk may be full before the first byte of the backing is written: the space check fails first.
     let is_full = ["No space left", "the file system of the cache has"].iter().any(|text| why.contains(text));
     assert!(is_full && why.contains("cache"), "{why}");
+    let density = world.json(&["density", "--why"]);
+    let template =
+        density["templates"].as_array().unwrap().iter().find(|row| row["digest"] == status["digest"]);
+    let served = &template.unwrap()["served"][0];
+    assert_eq!((&served["serving"], &served["why"]), (&"decode".into(), &status["why"]), "{served}");
     assert!(world.log().contains("has no backing: "), "{}", world.log());
     let clone = map_and_compare(&path, &bytes);
     fs::remove_file(&filler).unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -11,12 +12,13 @@ use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
-use crate::clones::accounting::{self, CloneMemory, Code, Density, Reasons};
+use crate::clones::accounting::{self, CloneMemory, Code, Density, Reasons, Survey};
 use crate::clones::audit::{self, Audit, Verdict};
 use crate::clones::counted;
-use crate::control;
+use crate::control::{self, Mount, Served, TemplateStatus};
 use crate::error::{Error, Result};
-use crate::store::{Store, TemplateRef};
+use crate::sanitize::{self, sanitize};
+use crate::store::{Digest, Store, TemplateRef};
 use crate::units::Bytes;
 
 /// Arguments of `stencil density`.
@@ -45,7 +47,39 @@ struct DensityReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     audit: Option<Audit>,
     #[serde(skip)]
-    reasons: Option<Reasons>,
+    explanation: Option<Explanation>,
+}
+
+/// What `--why` adds to a report.
+#[derive(Debug)]
+struct Explanation {
+    reasons: Reasons,
+    /// How each template is served, by each mount of its store.
+    served: BTreeMap<Digest, Vec<ServedBy>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ServedBy {
+    #[serde(serialize_with = "sanitize::path")]
+    mountpoint: PathBuf,
+    /// How the next open of the largest file of the template is served.
+    serving: Served,
+    /// Why that file is served by decode.
+    why: Option<String>,
+}
+
+impl Explanation {
+    fn new(mounts: &[Mount], survey: &Survey) -> Result<Explanation> {
+        let mut served: BTreeMap<Digest, Vec<ServedBy>> = BTreeMap::new();
+        for mount in mounts {
+            for template in mount.status()?.templates {
+                let TemplateStatus { digest, serving, why, .. } = template;
+                let by = ServedBy { mountpoint: mount.mountpoint.clone(), serving, why };
+                served.entry(digest).or_default().push(by);
+            }
+        }
+        Ok(Explanation { reasons: accounting::reasons(survey)?, served })
+    }
 }
 
 /// Measures the memory of the clones, and returns the report.
@@ -65,17 +99,19 @@ pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
     let only = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
     let survey = accounting::survey(&mounts, only.as_ref())?;
     let audit = args.audit.then(|| audit::audit(&mounts, &survey)).transpose()?;
-    let reasons = args.why.then(|| accounting::reasons(&survey)).transpose()?;
-    Ok(Done::report(DensityReport { density: survey.density, audit, reasons }))
+    let explanation = args.why.then(|| Explanation::new(&mounts, &survey)).transpose()?;
+    Ok(Done::report(DensityReport { density: survey.density, audit, explanation }))
 }
 
 impl Report for DensityReport {
     fn json(&self) -> Value {
         let mut report = to_json(self);
-        let Some(reasons) = &self.reasons else { return report };
+        let Some(Explanation { reasons, served }) = &self.explanation else { return report };
         for (row, template) in rows(&mut report, "templates").zip(&self.density.templates) {
             let list = reasons.templates.get(&template.digest).map_or(&[][..], Vec::as_slice);
             row["reasons"] = to_json(&list);
+            let list = served.get(&template.digest).map_or(&[][..], Vec::as_slice);
+            row["served"] = to_json(&list);
         }
         for (row, list) in rows(&mut report, "clones").zip(&reasons.clones) {
             row["reasons"] = to_json(list);
@@ -202,7 +238,15 @@ impl DensityReport {
 
     /// Prints each code once, with its sum, the number of clones and the remedy.
     fn explained(&self, out: &mut dyn Write) -> io::Result<()> {
-        let Some(reasons) = &self.reasons else { return Ok(()) };
+        let Some(Explanation { reasons, served }) = &self.explanation else { return Ok(()) };
+        writeln!(out, "\nserving of the next open")?;
+        for template in &self.density.templates {
+            for ServedBy { mountpoint, serving, why } in served.get(&template.digest).into_iter().flatten() {
+                let (id, place) = (template.digest.short(), sanitize::path_text(mountpoint));
+                let why = why.as_ref().map_or_else(String::new, |why| format!(": {}", sanitize(why)));
+                writeln!(out, "  {id}  {place}  {}{why}", serving.name())?;
+            }
+        }
         writeln!(out, "\nreasons")?;
         let mut sums: BTreeMap<(Code, &str), (u64, Bytes)> = BTreeMap::new();
         let of_clones = reasons.clones.iter().flatten().map(|reason| (reason, 1));

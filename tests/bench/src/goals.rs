@@ -14,7 +14,7 @@ const MIN_ROUNDS: usize = 5;
 /// Rows that may have fewer rounds: two count bytes, and `floors` only compares programs.
 const ONCE: [&str; 3] = ["disk", "disk-scattered", "floors"];
 /// Rows that a complete run has.
-const ROWS: [&str; 22] = [
+const ROWS: [&str; 23] = [
     "first-byte",
     "verification",
     "hydration",
@@ -28,6 +28,7 @@ const ROWS: [&str; 22] = [
     "disk",
     "disk-scattered",
     "launch",
+    "density",
     "import-lz4",
     "import-zstd",
     "resume-firecracker-1",

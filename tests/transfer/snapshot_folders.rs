@@ -177,7 +177,10 @@ fn each_directory_of_a_directory_becomes_a_tag() {
     }
     folder(all.join("deep/v1"), &kata());
     let ran = fixture.run(&["import", source, "other"]);
-    assert!(ran.code == 2 && ran.stderr.contains("cannot import directories below a directory"), "{ran:?}");
+    assert!(
+        ran.code == 2 && ran.stderr.contains("expected a snapshot, found a directory of directories"),
+        "{ran:?}"
+    );
     fixture.assert_clean();
 }
 

@@ -91,7 +91,7 @@ fn load_refuses_blocks_without_a_reference() {
     };
     for (extra, words) in [
         (1, "blocks without a reference in an image: 1, among them"),
-        (2, "number of blocks in the front is 3, expected at most 2"),
+        (2, "the stream announces 3 blocks, expected at most 2"),
     ] {
         let ran = load(&to, &with(extra));
         assert_eq!(ran.code, 3, "{ran:?}");

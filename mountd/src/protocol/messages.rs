@@ -104,7 +104,7 @@ pub enum ServerRequest {
     },
     /// Reports that this server applies the list of condemned templates. The reply is `Done`.
     Condemned {
-        /// Count of rings of the bell (in the counters page) before the server read the list.
+        /// The ring (in the counters page) before the server read the list.
         ring: u32,
         /// Milliseconds until the last answered open of a condemned template is visible in `/proc` of its process.
         grace_ms: u64,

@@ -1,7 +1,7 @@
 //! Applies changes of the list of condemned templates to all parts of the server.
 //!
 //! ```text
-//!   supervisor writes ledger, rings bell ─▶ watcher publishes the new list ─▶ replies based on the old list are sent
+//!   supervisor writes ledger, increments ring ─▶ watcher publishes the new list ─▶ replies based on the old list are sent
 //!   ─▶ waiting opens are refused, backings in progress are abandoned ─▶ watcher reports to the supervisor
 //! ```
 //! The supervisor relies on the new list only after the report: if a server dies before, the removal only takes longer.

@@ -193,7 +193,7 @@ pub enum Action {
     Save,
     /// Writes the record of the mount. Outcome: [`Event::RecordWritten`].
     WriteRecord,
-    /// Rings the bell in the counters page: the server then reads the list of condemned templates from the ledger.
+    /// Increments the ring in the counters page: the server then reads the list of condemned templates from the ledger.
     Ring,
     /// Reports to the service manager, and to the process that started the mount, that the mount is served.
     Announce,

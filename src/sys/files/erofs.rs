@@ -4,6 +4,8 @@
 //! is open, or registered as a FUSE backing.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::thread::sleep;
+use std::time::Duration;
 
 use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
@@ -15,6 +17,9 @@ use rustix::mount::{
 use crate::error::{Error, Result};
 use crate::sys::files::read_ahead::Numbered;
 use crate::units::Bytes;
+
+/// How often an image is mounted to find its mount in sysfs.
+const ATTEMPTS: u32 = 4;
 
 /// Mounts the image in `metadata` with its extra devices, in the order of its device table, and opens the file `name`
 /// in its root directory. The page cache holds pages of this file, but none of the devices. The kernel's read-ahead for
@@ -30,6 +35,41 @@ pub fn open_file(
     name: &str,
     read_ahead: Option<Bytes>,
 ) -> Result<OwnedFd> {
+    let root = mount_with(metadata, devices, read_ahead)?;
+    let failed = |e: Errno| Error::io("cannot open the file of an EROFS mount", name, e.into());
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = openat(&root, name, flags, Mode::empty()).map_err(failed)?;
+    match FileType::from_raw_mode(fstat(&file).map_err(failed)?.st_mode) {
+        FileType::RegularFile => Ok(file),
+        other => Err(Error::failed(format!("the file of an EROFS mount is a {other:?}")).at(name)),
+    }
+}
+
+/// Mounts an image, and sets the read-ahead of the mount. Mounts that several processes make at the same time cannot be
+/// told apart in sysfs: then the image is mounted again after a pause, which differs between processes.
+fn mount_with(metadata: impl AsFd, devices: &[impl AsFd], read_ahead: Option<Bytes>) -> Result<OwnedFd> {
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        let before = Numbered::list("erofs-");
+        let root = mount(&metadata, devices)?;
+        let Some(size) = read_ahead else { return Ok(root) };
+        let why = match before.and_then(|before| before.set_of_new(size)) {
+            Ok(true) => return Ok(root),
+            Ok(false) if attempt < ATTEMPTS => {
+                drop(root);
+                sleep(Duration::from_millis(1 + u64::from(std::process::id() % 16)));
+                continue;
+            }
+            Ok(false) => "several EROFS file systems were mounted at the same time".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        log::warn!("cannot set the read-ahead of kernel decode, using the kernel's default: {why}");
+        return Ok(root);
+    }
+}
+
+fn mount(metadata: impl AsFd, devices: &[impl AsFd]) -> Result<OwnedFd> {
     let failed =
         |e: Errno| Error::failed("the kernel cannot mount the metadata of a file (EROFS)").because(e.into());
     let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|e| {
@@ -53,23 +93,10 @@ pub fn open_file(
             | MountAttrFlags::MOUNT_ATTR_NOATIME;
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
     };
-    let before = Numbered::list("erofs-");
-    let root = mount().map_err(|e| match messages(&context) {
+    mount().map_err(|e| match messages(&context) {
         Some(text) => failed(e).context(text),
         None => failed(e),
-    })?;
-    if let Some(size) = read_ahead
-        && let Err(error) = before.and_then(|before| before.set_of_new(size))
-    {
-        log::warn!("the read-ahead of kernel decode remains the kernel's: {error}");
-    }
-    let failed = |e: Errno| Error::io("cannot open the file of an EROFS mount", name, e.into());
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = openat(&root, name, flags, Mode::empty()).map_err(failed)?;
-    match FileType::from_raw_mode(fstat(&file).map_err(failed)?.st_mode) {
-        FileType::RegularFile => Ok(file),
-        other => Err(Error::failed(format!("the file of an EROFS mount is a {other:?}")).at(name)),
-    }
+    })
 }
 
 /// Returns the kernel's messages about this mount.

@@ -54,19 +54,17 @@ impl Numbered {
         Ok(Numbered { prefix, names })
     }
 
-    /// Sets the read-ahead of the only mount that was made since the list.
+    /// Sets the read-ahead of the only mount that was made since the list. Returns false if several mounts were made.
     ///
     /// # Errors
-    /// Returns an error if there is not exactly one new mount, or if sysfs is read-only.
-    pub fn set_of_new(&self, size: Bytes) -> io::Result<()> {
+    /// Returns an error if sysfs does not show the new mount, or is read-only.
+    pub fn set_of_new(&self, size: Bytes) -> io::Result<bool> {
         let now = Numbered::list(self.prefix)?;
         let mut new = now.names.difference(&self.names);
         match (new.next(), new.next()) {
-            (Some(name), None) => write(Path::new(name), size),
-            (None, _) => Err(io::Error::other(format!("no mount {} in {ALL}", self.prefix))),
-            (Some(_), Some(_)) => {
-                Err(io::Error::other("another program mounted a file system at the same time"))
-            }
+            (Some(name), None) => write(Path::new(name), size).map(|()| true),
+            (Some(_), Some(_)) => Ok(false),
+            (None, _) => Err(io::Error::other(format!("cannot find the new mount in {ALL}"))),
         }
     }
 }

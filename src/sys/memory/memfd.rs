@@ -115,7 +115,7 @@ impl Drop for SharedWords {
 pub struct SharedCounters(SharedWords);
 
 impl SharedCounters {
-    /// Number of counters. The bell is the word after them.
+    /// Number of counters. The ring is the word after them.
     pub const COUNT: usize = (PAGE_SIZE / 8) as usize - 1;
 
     /// Creates a zeroed page.
@@ -145,28 +145,28 @@ impl SharedCounters {
         self.0.fd()
     }
 
-    fn bell(&self) -> &AtomicU32 {
+    fn word(&self) -> &AtomicU32 {
         let word = std::ptr::from_ref(&self.0.all()[Self::COUNT]);
         // SAFETY: four bytes at the start of an aligned word that lives as long as `self`; every process accesses them
         // only as an `AtomicU32`.
         unsafe { &*word.cast::<AtomicU32>() }
     }
 
-    /// Returns how often the bell was rung.
+    /// Returns the ring: how often it was incremented.
     pub fn rings(&self) -> u32 {
-        self.bell().load(Ordering::SeqCst)
+        self.word().load(Ordering::SeqCst)
     }
 
-    /// Rings the bell: wakes all waiting processes. Returns how often the bell was rung, this time included.
+    /// Increments the ring, and wakes all waiting processes. Returns the new ring.
     pub fn ring(&self) -> u32 {
-        let rings = self.bell().fetch_add(1, Ordering::SeqCst).wrapping_add(1);
-        let _ = futex::wake(self.bell(), futex::Flags::empty(), i32::MAX as u32);
+        let rings = self.word().fetch_add(1, Ordering::SeqCst).wrapping_add(1);
+        let _ = futex::wake(self.word(), futex::Flags::empty(), i32::MAX as u32);
         rings
     }
 
     /// Waits until the count of rings differs from `heard`. May return early.
     pub fn wait_for_ring(&self, heard: u32) {
-        let _ = futex::wait(self.bell(), futex::Flags::empty(), heard, None);
+        let _ = futex::wait(self.word(), futex::Flags::empty(), heard, None);
     }
 }
 

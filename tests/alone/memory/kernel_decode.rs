@@ -88,3 +88,37 @@ fn a_read_in_order_without_advice_makes_memory_that_is_mapped_by_2_mib_entries()
     });
     assert_eq!(share_mapped(&["--serve", "kernel", "--read-ahead", "128K"]), 0.0);
 }
+
+/// sysfs shows EROFS mounts by serial numbers alone, so the supervisors must tell apart mounts that they make at the same
+/// time.
+#[test]
+fn templates_that_are_mounted_at_the_same_time_all_get_the_read_ahead() {
+    const TEMPLATES: u8 = 8;
+    let _host = host::alone();
+    let worlds = [0, 1].map(|number| {
+        let world = TestMount::unmounted();
+        let digests: Vec<String> = (0..TEMPLATES)
+            .map(|tag| {
+                world.import_bytes(
+                    &random(u64::from(10 + number * TEMPLATES + tag), 1 << 20),
+                    &format!("web:{tag}"),
+                )
+            })
+            .collect();
+        (world, digests)
+    });
+    std::thread::scope(|scope| {
+        for (world, digests) in &worlds {
+            scope.spawn(|| {
+                world.mount(&["--serve", "kernel"]).ok();
+                digests.iter().for_each(|digest| world.wait_until_verified(digest));
+            });
+        }
+    });
+    let all = std::fs::read_dir("/sys/class/bdi").unwrap().map(|entry| entry.unwrap().path());
+    let sizes: Vec<String> = all
+        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("erofs-"))
+        .map(|path| std::fs::read_to_string(path.join("read_ahead_kb")).unwrap())
+        .collect();
+    assert_eq!(sizes, vec!["4096\n"; 2 * usize::from(TEMPLATES)]);
+}

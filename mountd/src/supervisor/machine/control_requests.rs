@@ -68,10 +68,10 @@ impl Machine {
 
     // Removal.
 
-    /// Rings the bell: the server reads the list of condemned templates and closes its open files of the store. The
+    /// Increments the ring: the server reads the list of condemned templates and closes its open files of the store. The
     /// caller in `waiting`, if any, gets its response when the server has done so.
     fn ring(&mut self, waiting: Option<(CallerId, Vec<Digest>)>) {
-        // The bell makes the current server read the ledger. Servers that start from here on read the ledger anyway.
+        // The new ring makes the current server read the ledger. Servers that start from here on read the ledger anyway.
         self.actions.extend([Action::Save, Action::Ring]);
         self.rings = self.rings.wrapping_add(1);
         if let Some((caller, removed)) = waiting {
@@ -79,7 +79,7 @@ impl Machine {
         }
     }
 
-    /// Handles the result of dropping the rows of callers that are gone or have stalled: rings the bell if the list has
+    /// Handles the result of dropping the rows of callers that are gone or have stalled: increments the ring if the list has
     /// changed. The backings of templates that are already removed are closed when the server has dropped them.
     pub(super) fn rows_dropped(&mut self, (removed, changed): (Vec<Digest>, bool)) {
         if changed || !removed.is_empty() {

@@ -52,6 +52,6 @@ pub struct InitialState {
     pub restarts: u64,
     /// True if a signal has requested the end of the mount.
     pub draining: bool,
-    /// Count of rings of the bell in the counters page.
+    /// The ring in the counters page.
     pub rings: u32,
 }

@@ -48,6 +48,10 @@ pub struct Inodes {
     stores: Vec<Store>,
 }
 
+/// Process name of the commands of this program, such as one that keeps a working set in RAM. Simulated clones have
+/// another name.
+pub const COMMAND_NAME: &str = "stencil";
+
 /// A filter for mappings.
 #[derive(Debug, Clone)]
 pub struct Wanted {
@@ -193,6 +197,11 @@ impl TemplateMapping {
     /// Returns the addresses of the mapping.
     pub fn range(&self) -> Range<u64> {
         self.start..self.start + self.length.get()
+    }
+
+    /// Returns the distance between address and file offset, which all parts of one mapping have in common.
+    pub fn distance(&self) -> u64 {
+        self.start.wrapping_sub(self.offset.get())
     }
 }
 

@@ -88,7 +88,7 @@ fn parts(
 ) -> Result<Vec<TemplateMapping>> {
     let mut found = Vec::new();
     for (before, gap) in gaps(maps) {
-        let distance = before.start.wrapping_sub(before.offset.get());
+        let distance = before.distance();
         let address = |offset: u64| offset.wrapping_add(distance);
         let zeros: Vec<_> =
             zeros(before)?.iter().map(|part| address(part.start)..address(part.end)).collect();
@@ -108,20 +108,21 @@ fn parts(
 /// Returns the address ranges between two parts of one mapping (the same distance between address and file offset), each
 /// with the part before the range.
 fn gaps(maps: &[TemplateMapping]) -> impl Iterator<Item = (&TemplateMapping, Range<u64>)> {
-    let distance = |map: &TemplateMapping| map.start.wrapping_sub(map.offset.get());
     maps.windows(2).filter_map(move |pair| {
         let [before, behind] = pair else { return None };
         let gap = before.range().end..behind.start;
-        let is_one = (before.dev, before.ino, distance(before)) == (behind.dev, behind.ino, distance(behind));
+        let is_one =
+            (before.dev, before.ino, before.distance()) == (behind.dev, behind.ino, behind.distance());
         (is_one && !gap.is_empty()).then_some((before, gap))
     })
 }
 
-/// Returns the parts of an address range that are private anonymous memory without a name.
+/// Returns the parts of an address range that are private anonymous memory without a name, whatever the process may do with
+/// it now: a change of the protection (mprotect) does not change the bytes.
 fn unnamed_memory(lines: &[MapLine], range: &Range<u64>) -> Vec<Range<u64>> {
     let first = lines.partition_point(|line| line.end <= range.start);
     let lines = lines[first..].iter().take_while(|line| line.start < range.end);
-    let memory = lines.filter(|line| line.is_unnamed_memory());
+    let memory = lines.filter(|line| line.ino == 0 && line.path.is_empty() && line.is_private());
     memory.map(|line| line.start.max(range.start)..line.end.min(range.end)).collect()
 }
 
@@ -182,10 +183,11 @@ mod tests {
         // A page of data that anonymous memory covers was replaced.
         assert_eq!(found(&maps, &lines, &[0..25, 30..55]), [(120..125, 20), (130..140, 30), (150..155, 50)]);
         assert_eq!(found(&maps, &lines, &[]), []);
-        // Pages without memory, and memory that a VMM uses for no balloon.
+        // A changed protection.
+        let protected = [line(122..124, "---p", ""), line(124..126, "r--p", "")];
+        assert_eq!(found(&maps, &protected, &[0..100]), [(122..124, 22), (124..126, 24)]);
+        // Memory that a VMM uses for no balloon.
         let others = [
-            line(122..124, "---p", ""),
-            line(124..126, "r--p", ""),
             line(126..128, "rw-s", ""),
             line(128..130, "rw-p", "[anon: heap]"),
             MapLine { ino: 5, ..line(130..132, "rw-p", "/other") },

@@ -72,7 +72,14 @@ impl Explanation {
     fn new(mounts: &[Mount], survey: &Survey) -> Result<Explanation> {
         let mut served: BTreeMap<Digest, Vec<ServedBy>> = BTreeMap::new();
         for mount in mounts {
-            for template in mount.status()?.templates {
+            let status = match mount.status() {
+                Ok(status) => status,
+                Err(error) => {
+                    log::warn!("{error}");
+                    continue;
+                }
+            };
+            for template in status.templates {
                 let TemplateStatus { digest, serving, why, .. } = template;
                 let by = ServedBy { mountpoint: mount.mountpoint.clone(), serving, why };
                 served.entry(digest).or_default().push(by);
@@ -250,7 +257,8 @@ impl DensityReport {
         writeln!(out, "\nreasons")?;
         let mut sums: BTreeMap<(Code, &str), (u64, Bytes)> = BTreeMap::new();
         let of_clones = reasons.clones.iter().flatten().map(|reason| (reason, 1));
-        let of_templates = reasons.templates.values().flatten().map(|reason| (reason, 0));
+        let shown = self.density.templates.iter().filter_map(|row| reasons.templates.get(&row.digest));
+        let of_templates = shown.flatten().map(|reason| (reason, 0));
         for (reason, count) in of_templates.chain(of_clones) {
             let (clones, bytes) = sums.entry((reason.code, reason.remedy)).or_default();
             *clones += count;

@@ -1,6 +1,6 @@
 //! `stencil ps`: lists clones.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -197,10 +197,19 @@ fn age(seconds: u64) -> String {
 pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
-    let (entries, unread) = registry::list_and_unread()?;
+    let (mut entries, unread) = registry::list_and_unread()?;
     unread.iter().for_each(|error| log::warn!("{error}"));
     let unread = unread.iter().map(ToString::to_string).collect();
     let trees = ProcessTrees::scan(&entries);
+    // Clones that have ended since their record was read.
+    let has_ended = |entry: &Entry| entry.ending.is_none() && trees.of(entry).is_empty();
+    if entries.iter().any(has_ended) {
+        let later: HashMap<String, Option<Ending>> =
+            registry::list()?.into_iter().map(|entry| (entry.id, entry.ending)).collect();
+        for entry in entries.iter_mut().filter(|entry| has_ended(entry)) {
+            entry.ending = later.get(&entry.id).copied().flatten();
+        }
+    }
     let shown = entries.iter().filter(|entry| filter.has_clone(entry));
     let mut rows: Vec<Row> = shown.map(|entry| Row::of(entry, &trees)).collect();
     let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| trees.of(entry)).collect();

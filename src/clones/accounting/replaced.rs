@@ -47,7 +47,7 @@ pub fn replaced(
     let lines = &lines()?[..];
     for missing in missing {
         match (missing.before, missing.behind) {
-            (Some(before), Some(behind)) if distance(&maps[before]) == distance(&maps[behind]) => {
+            (Some(before), Some(behind)) if maps[before].distance() == maps[behind].distance() => {
                 let gap = maps[before].range().end..maps[behind].start;
                 let replaced = |range| Replaced { map: before, range, is_certain: true };
                 found.extend(readable(lines, &gap).map(replaced));
@@ -110,10 +110,6 @@ fn missing_parts(maps: &[TemplateMapping]) -> Vec<Missing> {
         }
     }
     missing
-}
-
-fn distance(map: &TemplateMapping) -> u64 {
-    map.start.wrapping_sub(map.offset.get())
 }
 
 /// Returns the parts of an address range that can be read.

@@ -112,7 +112,7 @@ pub fn spawn_with(
     command.env("STENCIL_DIR", &entry.dir);
     let mut child = command.spawn([input, output, errors.as_fd()]).map_err(|e| {
         Error::io("cannot start the command", command.program(), e)
-            .hint("check that the program is installed and executable")
+            .hint("check that the program is installed and executable; a script needs a first line such as #!/bin/sh")
     })?;
     let noted = ProcessId::of(child.id()).and_then(|id| id.map_or(Ok(()), |id| entry.set_process(id)));
     if let Err(error) = noted {

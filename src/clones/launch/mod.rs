@@ -45,12 +45,15 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
     let watchdog = launch_watchdog::start(&launch)?;
     launch.set_watchdog(watchdog.process()?);
     launch.start()?;
+    // The clones share pages of the zygote, which are memory of the launch.
+    let before = Baseline::now();
     // The zygote is loaded while this process searches for clones.
     let zygote = match &order.how {
         How::Simulated(simulate) => simulated_launch::start(order, simulate).map(Some),
         _ => Ok(None),
     };
-    launch.set_baseline(baseline_if_idle().unwrap_or_else(|error| {
+    let baseline = is_idle().and_then(|idle| idle.then_some(before).transpose());
+    launch.set_baseline(baseline.unwrap_or_else(|error| {
         log::warn!("no baseline of available memory for `stencil density --audit`: {error}");
         None
     }));
@@ -74,14 +77,13 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
     }
 }
 
-/// Returns the host's available memory, unless clones exist that already use some of it.
-fn baseline_if_idle() -> Result<Option<Baseline>> {
+/// Returns true if there are no clones that already use memory.
+fn is_idle() -> Result<bool> {
     // A process of a command may map nothing.
     if registry::list()?.iter().any(|entry| entry.kind != Kind::Command && entry.is_alive()) {
-        return Ok(None);
+        return Ok(false);
     }
-    let clones = find::template_mappings(&control::mounts()?)?.complete()?;
-    if clones.is_empty() { Baseline::now().map(Some) } else { Ok(None) }
+    Ok(find::template_mappings(&control::mounts()?)?.complete()?.is_empty())
 }
 
 fn gather(

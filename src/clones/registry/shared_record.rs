@@ -199,6 +199,10 @@ fn whole_lines(text: &[u8]) -> &[u8] {
 /// invalid.
 pub(super) fn load(directory: &Directory) -> io::Result<Vec<Entry>> {
     let text = runtime::read(directory, SHARED_RECORD, MAX_SIZE)?;
+    if whole_lines(&text).is_empty() {
+        // The launcher was killed, or the disk was full. No clone starts before the first line is written.
+        return Ok(vec![]);
+    }
     let Contents { common: Common { mut entry, .. }, clones } = Contents::parse(&text)?;
     // The directory where the record was found is removed later, not the one that the record names.
     directory.path().clone_into(&mut entry.dir);
@@ -289,8 +293,10 @@ pub(super) fn remove(directory: &Path, indexes: &BTreeSet<u32>) -> Result<()> {
     let Contents { common, clones } =
         read_all(&file).and_then(|text| Contents::parse(&text)).map_err(failed)?;
     let (gone, left): (Vec<u32>, Vec<u32>) = clones.keys().partition(|index| indexes.contains(index));
-    if left.is_empty() && !is_held(&common.entry.launch) {
-        return remove_directory(directory);
+    if left.is_empty() {
+        // A launch is held until its end. The only removal of all clones before is that of a failed launch, which removes
+        // the directory afterwards, and must not need free disk space.
+        return if is_held(&common.entry.launch) { Ok(()) } else { remove_directory(directory) };
     }
     if gone.is_empty() { Ok(()) } else { append(&file, &[Line::Removed(gone)]).map_err(failed) }
 }
@@ -358,6 +364,8 @@ mod tests {
             load(&valid, line).unwrap_err();
         }
         file.set_len(0).unwrap();
-        assert_eq!(super::load(&directory).unwrap_err().kind(), ErrorKind::InvalidData);
+        assert_eq!(super::load(&directory).unwrap(), [], "a launcher that was killed before the first line");
+        file.write_all_at(b"{\"common\":{", 0).unwrap();
+        assert_eq!(super::load(&directory).unwrap(), []);
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use super::record::{count, look};
-use crate::clones::find::{self, Inodes};
+use crate::clones::find::{self, COMMAND_NAME, Inodes};
 use crate::clones::ranges::{joined, subtract};
 use crate::clones::zero_memory::ZeroMemory;
 use crate::control::Mount;
@@ -14,9 +14,6 @@ use crate::error::{Code, Result};
 use crate::store::{Digest, WorkingSet};
 use crate::sys::process::procfs;
 use crate::units::PageCount;
-
-/// Process name of the commands of this program. Simulated clones have another name.
-const COMMAND_NAME: &str = "stencil";
 
 /// The pages that the clones of a template use, against the pages of a working set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

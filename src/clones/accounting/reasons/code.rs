@@ -107,7 +107,17 @@ mod tests {
 
     #[test]
     fn json_and_text_have_the_same_name() {
-        for code in [Code::Decode, Code::EqualToTemplate, Code::CopiedByAll, Code::Zeros] {
+        for code in [
+            Code::Decode,
+            Code::Misaligned,
+            Code::AllCopied,
+            Code::PageTables,
+            Code::Overhead,
+            Code::CopiedByAll,
+            Code::EqualToTemplate,
+            Code::Zeros,
+            Code::EqualCopies,
+        ] {
             assert_eq!(serde_json::to_value(code).unwrap(), code.name());
         }
     }

@@ -44,6 +44,10 @@ fn compare(
     scratch: &mut Scratch,
 ) -> Result<(Bytes, Bytes)> {
     let memory = ProcessMemory::open(clone.pid)?;
+    // The process id may have been reused since the survey.
+    if !clone.process().is_alive() {
+        return Ok((Bytes::ZERO, Bytes::ZERO));
+    }
     let (mut equal, mut zeros) = (PageCount::new(0), PageCount::new(0));
     let (mut copy, mut original) = (vec![0; to_usize(PAGE_SIZE)], vec![0; to_usize(PAGE_SIZE)]);
     for (map, copied) in clone.maps.iter().zip(&measured.copied) {

@@ -6,15 +6,17 @@ use std::ops::Range;
 use super::code::{Code, Reasons};
 use crate::clones::accounting::process::Measured;
 use crate::clones::accounting::survey::Survey;
-use crate::clones::find::{CloneProcess, TemplateMapping};
-use crate::clones::ranges::{joined, subtract};
+use crate::clones::find::{COMMAND_NAME, CloneProcess, TemplateMapping};
+use crate::clones::ranges::{intersect, joined};
 use crate::store::{Digest, Serving};
 use crate::units::{Bytes, HUGE_PAGE_SIZE, PAGE_SIZE, PageCount};
 
 pub fn add(survey: &Survey, reasons: &mut Reasons) {
     for ((clone, measured), list) in survey.clones.iter().zip(&mut reasons.clones) {
         let memory = &measured.memory;
-        let (mut decode, mut misaligned, mut all_copied) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
+        let (mut decode, mut misaligned) = (Bytes::ZERO, Bytes::ZERO);
+        // Copied pages and size of each mapping. Zero memory and balloons split a mapping into parts.
+        let mut mappings: BTreeMap<(u64, u64, u64), (Bytes, Bytes)> = BTreeMap::new();
         for ((map, clean), copied) in clone.maps.iter().zip(&measured.clean).zip(&measured.copied) {
             match map.serving {
                 Serving::Decode if has_backing(survey, map) => decode += *clean,
@@ -24,10 +26,12 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) {
                 _ => {}
             }
             let copies: Bytes = copied.iter().map(|copy| PageCount::new(copy.pages()).bytes()).sum();
-            if copies == map.length {
-                all_copied += copies;
-            }
+            let (all, size) = mappings.entry((map.dev, map.ino, map.distance())).or_default();
+            *all += copies;
+            *size += map.length;
         }
+        let all_copied =
+            mappings.into_values().filter(|(copies, size)| copies == size).map(|(copies, _)| copies).sum();
         Reasons::push(list, Code::Decode, decode);
         Reasons::push(list, Code::Misaligned, misaligned);
         Reasons::push(list, Code::AllCopied, all_copied);
@@ -52,7 +56,7 @@ fn has_backing(survey: &Survey, map: &TemplateMapping) -> bool {
 }
 
 fn is_aligned(map: &TemplateMapping) -> bool {
-    map.start.wrapping_sub(map.offset.get()).is_multiple_of(HUGE_PAGE_SIZE)
+    map.distance().is_multiple_of(HUGE_PAGE_SIZE)
 }
 
 /// Digest of a template, and index of a file.
@@ -61,7 +65,8 @@ type File = (Digest, usize);
 /// Returns the memory of the pages of each file that all of its clones have copied, if there are several clones.
 fn copied_by_all(clones: &[(CloneProcess, Measured)]) -> BTreeMap<File, Bytes> {
     let mut files: BTreeMap<File, (u64, Vec<Range<u64>>)> = BTreeMap::new();
-    for (clone, measured) in clones {
+    // A process that keeps a working set in RAM maps the template too, and copies nothing.
+    for (clone, measured) in clones.iter().filter(|(_, measured)| measured.command != COMMAND_NAME) {
         let mut of_clone: BTreeMap<File, Vec<Range<u64>>> = BTreeMap::new();
         for (map, copied) in clone.maps.iter().zip(&measured.copied) {
             let offset = |address: u64| map.offset.get() + address - map.start;
@@ -73,7 +78,7 @@ fn copied_by_all(clones: &[(CloneProcess, Measured)]) -> BTreeMap<File, Bytes> {
             let copied = joined(copied);
             let (count, common) = files.entry(file).or_insert_with(|| (0, copied.clone()));
             *count += 1;
-            *common = subtract(common, &subtract(common, &copied));
+            *common = intersect(common, &copied);
         }
     }
     let bytes = |(count, common): (u64, Vec<Range<u64>>)| {

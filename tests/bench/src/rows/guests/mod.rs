@@ -25,6 +25,9 @@ use crate::statistics::percentile;
 /// Numbers of guests that are resumed at once.
 const COUNTS: [u64; 3] = [1, 8, 64];
 
+/// A directory in memory.
+const TMPFS: &str = "/dev/shm";
+
 /// Time limit for one guest to answer.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
@@ -83,6 +86,11 @@ fn rows(context: &Context, store: &Store, raw: &Path, names: &[String; 3], kind:
     for mount in [&kernel, &passthrough, &decode] {
         mount.wait_until_served(&digest)?;
     }
+    let memory =
+        tempfile::tempdir_in(TMPFS).map_err(|e| Error::io("cannot create a directory in", TMPFS, e))?;
+    let (from, to) = (raw.join("memory"), memory.path().join("memory"));
+    std::fs::copy(&from, &to).map_err(|e| Error::io("cannot write", &to, e))?;
+    let tmpfs = Way::plain("tmpfs", to)?;
     let ways = [
         Way::served(context, &kernel, "guest")?,
         Way::served(context, &passthrough, "guest")?,
@@ -95,17 +103,22 @@ fn rows(context: &Context, store: &Store, raw: &Path, names: &[String; 3], kind:
             "Resume {count} guests of {} at once, each on a private mapping of the memory, until all have answered a \
              question. p95 and p50 are over the guests of a round. Guests of QEMU, which run by TCG, are paused after \
              their answer. Before the rounds of `-warmed` the working set that one guest has recorded is read, before \
-             those of `ext4-warm` the whole memory.",
+             those of `ext4-warm` the whole memory. `tmpfs` is a copy in memory.",
             kind.name()
         );
-        let title =
-            Title { name, about: &about, input: kind.name(), caches: "cold; -warmed and ext4-warm: warm" };
+        let title = Title {
+            name,
+            about: &about,
+            input: kind.name(),
+            caches: "cold; -warmed, ext4-warm and tmpfs: warm",
+        };
         let [kernel, passthrough, _, ext4] = &ways;
         let cold = ways.iter().map(|way| (way.name, way, Before::Nothing));
         let warm = [
             ("kernel-warmed", kernel, Before::Warm(&sets)),
             ("passthrough-warmed", passthrough, Before::Warm(&sets)),
             ("ext4-warm", ext4, Before::ReadAll),
+            ("tmpfs", &tmpfs, Before::Nothing),
         ];
         let resumed = |(name, way, before)| resumed(context, kind, (name, way), *count, before);
         let subjects = cold.chain(warm).map(resumed).collect();
@@ -171,7 +184,9 @@ fn resumed<'a>(
     before: Before<'a>,
 ) -> Measured<'a> {
     let site = context.site;
-    let command = kind.command().replace("{memory}", &way.file.to_string_lossy());
+    // The directory in memory has a random name.
+    let file = if way.file.starts_with(TMPFS) { Path::new(TMPFS).join("memory") } else { way.file.clone() };
+    let command = kind.command().replace("{memory}", &file.to_string_lossy());
     Measured {
         name,
         command: site.shown(&command),

@@ -14,14 +14,14 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::sanitize::{path_text, sanitize};
 
-/// Environment variable with the form of the log, for the processes that a supervisor starts.
+/// Environment variable with the log format, for the processes that a supervisor starts.
 pub const VARIABLE: &str = "STENCIL_LOG_FORMAT";
 
-/// Form of a log.
+/// Log format.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogFormat {
-    /// Lines for people.
+    /// Human-readable lines.
     #[default]
     Text,
     /// One JSON object a line.
@@ -29,7 +29,7 @@ pub enum LogFormat {
 }
 
 impl LogFormat {
-    /// Returns the option value of this form.
+    /// Returns the option value of this format.
     pub fn name(self) -> &'static str {
         match self {
             LogFormat::Text => "text",
@@ -37,7 +37,7 @@ impl LogFormat {
         }
     }
 
-    /// Returns the form that the environment names, or text.
+    /// Returns the log format that the environment names, or text.
     pub fn from_environment() -> LogFormat {
         std::env::var(VARIABLE).ok().and_then(|name| name.parse().ok()).unwrap_or_default()
     }
@@ -49,8 +49,8 @@ impl FromStr for LogFormat {
     fn from_str(text: &str) -> Result<LogFormat> {
         [LogFormat::Text, LogFormat::Json]
             .into_iter()
-            .find(|form| form.name() == text)
-            .ok_or_else(|| Error::usage(format!("invalid form of the log '{text}'")).hint("use text or json"))
+            .find(|format| format.name() == text)
+            .ok_or_else(|| Error::usage(format!("invalid log format '{text}'")).hint("use text or json"))
     }
 }
 
@@ -60,7 +60,7 @@ static PROCESS: OnceLock<&str> = OnceLock::new();
 /// Mountpoint of this process.
 static MOUNT: RwLock<Option<String>> = RwLock::new(None);
 
-/// Returns the form of the log of this process.
+/// Returns the log format of this process.
 pub fn format() -> LogFormat {
     if PROCESS.get().is_some() { LogFormat::Json } else { LogFormat::Text }
 }

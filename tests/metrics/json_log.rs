@@ -72,5 +72,5 @@ fn a_mount_in_the_foreground_logs_as_json_to_standard_error() {
         assert_eq!(line["mount"], world.mountpoint().to_str().unwrap(), "{line}");
     }
     let refused: Run = world.mount(&["--log-format", "xml"]).exits(2);
-    assert!(refused.err.contains("invalid form of the log 'xml'"), "{}", refused.err);
+    assert!(refused.err.contains("invalid log format 'xml'"), "{}", refused.err);
 }

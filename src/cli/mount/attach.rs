@@ -59,8 +59,8 @@ pub struct MountArgs {
     /// Bytes that the kernel reads ahead by decode and kernel decode; 0 for none [default: 512K and 4M]
     #[arg(long, value_name = "SIZE", value_parser = value_parsers::read_ahead)]
     read_ahead: Option<Bytes>,
-    /// Form of the log: text or json [default: text]
-    #[arg(long, value_name = "FORM", value_parser = value_parsers::word::<LogFormat>)]
+    /// Log format: text or json [default: text]
+    #[arg(long, value_name = "FORMAT", value_parser = value_parsers::word::<LogFormat>)]
     log_format: Option<LogFormat>,
 }
 

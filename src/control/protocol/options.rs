@@ -123,7 +123,7 @@ pub struct MountOptions {
     pub noexec: bool,
     /// The supervisor stays in the foreground, in the session of its caller.
     pub foreground: bool,
-    /// Form of the log of supervisor and server.
+    /// Log format of supervisor and server.
     #[serde(default)]
     pub log_format: LogFormat,
 }
@@ -328,7 +328,10 @@ impl MountOptions {
         if let Some(size) = self.read_ahead {
             push("read-ahead", OsStr::new(&size.get().to_string()));
         }
-        push("log-format", OsStr::new(self.log_format.name()));
+        // Only if it is not the default: an earlier build does not know the option.
+        if self.log_format != LogFormat::default() {
+            push("log-format", OsStr::new(self.log_format.name()));
+        }
         for (flag, set) in [("--noexec", self.noexec), ("--foreground", self.foreground)] {
             if set {
                 args.push(flag.into());
@@ -412,6 +415,7 @@ mod tests {
         options.read_ahead = Some(Bytes::new(4 << 20));
         options.noexec = true;
         options.foreground = true;
+        options.log_format = LogFormat::Json;
         let args = options.to_args();
         assert_eq!(args[0], "supervise");
         assert_eq!(MountOptions::from_args(args.into_iter().skip(1)).unwrap(), options);

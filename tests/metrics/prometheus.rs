@@ -181,7 +181,7 @@ fn assert_metrics_exist(text: &str) {
     for word in words.filter(|word| word.starts_with("stencil_")) {
         let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| word.strip_suffix(suffix));
         let exists = documented.contains(word) || family.is_some_and(|family| documented.contains(family));
-        assert!(exists, "{word} is no metric of the exporter");
+        assert!(exists, "{word} is not a metric of the exporter");
     }
 }
 

@@ -67,6 +67,13 @@ pub struct Reply {
     pub took: Duration,
 }
 
+impl Reply {
+    /// Returns an error if the reply took longer, for [`measured`](crate::support::host::measured).
+    pub fn within(&self, limit: Duration) -> Result<(), String> {
+        if self.took < limit { Ok(()) } else { Err(format!("a reply after {:?}", self.took)) }
+    }
+}
+
 /// Sends a request and reads the reply to its end.
 pub fn ask(mut stream: impl Read + Write, request: &str) -> Reply {
     let start = Instant::now();

@@ -180,7 +180,7 @@ fn collect<T: DeserializeOwned>(
         && !has_exited(child, Duration::ZERO)
     {
         return Err(Error::try_again(format!(
-            "the previous collection, process {}, does not end",
+            "the previous collection (process {}) has not exited",
             child.id()
         )));
     }
@@ -197,7 +197,7 @@ fn collect<T: DeserializeOwned>(
         *leftover = None;
     }
     let line = line.map_err(|e| match e.kind() {
-        io::ErrorKind::TimedOut => Error::try_again("the collection takes too long"),
+        io::ErrorKind::TimedOut => Error::try_again("the collection did not finish within its time limit"),
         _ => Error::failed("cannot read the output of a collection").because(e),
     })?;
     let outcome = serde_json::from_slice(&line)

@@ -1,5 +1,6 @@
 //! The figures of one collection, which a child process prints as one line of JSON.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::mpsc;
@@ -13,11 +14,12 @@ use crate::cli::Global;
 use crate::cli::output::{Report, to_json};
 use crate::cli::store_filter::StoreFilter;
 use crate::clones::accounting::{self, CloneMemory, CloneRow, Density};
-use crate::control::{self, Mount, MountStatus};
+use crate::control::{self, Mount, MountStatus, TemplateStatus};
 use crate::error::Result;
 use crate::sanitize::path_text;
 use crate::store::Digest;
 use crate::sys::fuse::control_fs::Waiting;
+use crate::sys::process::procfs;
 use crate::units::{Bytes, PageCount};
 
 /// Longest wait for the supervisors of all mounts.
@@ -119,6 +121,15 @@ pub struct ClonesFigures {
     pub largest: Vec<CloneFigures>,
 }
 
+/// Figures of all mounts.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct MountsFigures {
+    /// Sorted by mountpoint; of several mounts at one path, the topmost is the first.
+    pub mounts: Vec<MountFigures>,
+    /// Number of records that cannot be read.
+    pub unreadable_records: u64,
+}
+
 /// Figures of one mount.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MountFigures {
@@ -128,6 +139,8 @@ pub struct MountFigures {
     pub detached: bool,
     /// `None` if no supervisor answers.
     pub status: Option<MountStatus>,
+    /// True if `status` has the templates: the store was read.
+    pub has_templates: bool,
     /// Requests that the kernel has sent and that are not answered; `None` if unknown.
     pub pending: Option<u64>,
 }
@@ -145,7 +158,7 @@ pub fn collect(subject: Subject, per_clone: u32, global: &Global) -> Value {
 
 fn clones(per_clone: u32, global: &Global) -> Result<ClonesFigures> {
     let filter = StoreFilter::of(global)?;
-    let mut mounts = control::mounts()?;
+    let mut mounts = control::every_mount()?;
     mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
     let Density { templates, clones, totals } = accounting::survey(&mounts, None)?.density;
     let mut sums: BTreeMap<Digest, Memory> = BTreeMap::new();
@@ -184,7 +197,7 @@ fn clones(per_clone: u32, global: &Global) -> Result<ClonesFigures> {
 }
 
 fn largest(mut clones: Vec<CloneRow>, count: u32) -> Vec<CloneFigures> {
-    clones.sort_by_key(|clone| (std::cmp::Reverse(clone.memory.private_bytes), clone.pid));
+    clones.sort_by_key(|clone| (Reverse(clone.memory.private_bytes), clone.pid));
     clones.truncate(usize::try_from(count).unwrap_or(usize::MAX));
     let figures = |clone: CloneRow| {
         let mut memory = Memory::default();
@@ -194,8 +207,9 @@ fn largest(mut clones: Vec<CloneRow>, count: u32) -> Vec<CloneFigures> {
     clones.into_iter().map(figures).collect()
 }
 
-/// Asks all supervisors at the same time: one that does not answer delays no figures of another.
-fn mounts(global: &Global) -> Result<Vec<MountFigures>> {
+/// Asks all supervisors at the same time: a supervisor that does not answer delays no figures of another mount, and a
+/// store that cannot be read hides no answer of its supervisor.
+fn mounts(global: &Global) -> Result<MountsFigures> {
     let filter = StoreFilter::of(global)?;
     let listing = control::list()?;
     let mounts: Vec<Mount> =
@@ -208,6 +222,7 @@ fn mounts(global: &Global) -> Result<Vec<MountFigures>> {
             device: mount.device,
             detached: mount.detached,
             status: None,
+            has_templates: false,
             pending: Waiting::of(mount.device).and_then(|waiting| waiting.read()).ok(),
         })
         .collect();
@@ -216,13 +231,19 @@ fn mounts(global: &Global) -> Result<Vec<MountFigures>> {
         let sender = sender.clone();
         // This process exits without the thread.
         thread::spawn(move || {
-            let _ = sender.send((index, mount.status().ok()));
+            let Ok(snapshot) = mount.snapshot() else { return };
+            let status = MountStatus::without_templates(snapshot.clone(), &mount);
+            let _ = sender.send((index, status.clone(), false));
+            if let Ok(templates) = TemplateStatus::all(&snapshot) {
+                let _ = sender.send((index, MountStatus { templates, ..status }, true));
+            }
         });
     }
     drop(sender);
     let until = Instant::now() + SUPERVISORS_TIMEOUT;
-    while let Ok((index, status)) = answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
-        figures[index].status = status;
+    let left = || until.saturating_duration_since(Instant::now());
+    while let Ok((index, status, has_templates)) = answers.recv_timeout(left()) {
+        (figures[index].status, figures[index].has_templates) = (Some(status), has_templates);
     }
     let dead = listing.dead.into_iter().filter(|mount| filter.has(&mount.store, &mount.store_id));
     figures.extend(dead.map(|mount| MountFigures {
@@ -231,9 +252,14 @@ fn mounts(global: &Global) -> Result<Vec<MountFigures>> {
         device: mount.device,
         detached: false,
         status: None,
+        has_templates: false,
         pending: None,
     }));
-    Ok(figures)
+    // A mount covers the earlier ones at its path. A detached mount is not in the table.
+    let table = procfs::mounts()?;
+    let position = |device| table.iter().rposition(|line| line.dev == device);
+    figures.sort_by_cached_key(|mount| (mount.mountpoint.clone(), Reverse(position(mount.device))));
+    Ok(MountsFigures { mounts: figures, unreadable_records: listing.unread.len() as u64 })
 }
 
 /// The output of a child.

@@ -64,7 +64,11 @@ impl Response {
         Response { status, ..Response::text(&format!("{status}\n")) }
     }
 
-    fn write(&self, out: &mut impl Write) -> io::Result<()> {
+    /// Writes the reply.
+    ///
+    /// # Errors
+    /// Returns an error if writing fails.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
         let allow = if self.status.starts_with("405") { "Allow: GET\r\n" } else { "" };
         let head = format!(
             "HTTP/1.1 {}\r\nContent-Type: {}\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
@@ -78,14 +82,14 @@ impl Response {
     }
 }
 
-/// Reads one request and writes the reply.
+/// Reads one request head. Returns the page that the request names, or the reply that refuses the request.
 ///
 /// # Errors
-/// Returns an error if the connection ends before, or if reading or writing fails.
-pub fn converse(connection: &mut (impl Read + Write), answer: impl Fn(Page) -> Response) -> io::Result<()> {
+/// Returns an error if the connection ends before, or if reading fails.
+pub fn read(connection: &mut impl Read) -> io::Result<Result<Page, Response>> {
     let mut head = [0; MAX_HEAD];
     let mut length = 0;
-    let response = loop {
+    loop {
         let read = match connection.read(&mut head[length..]) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             other => other?,
@@ -95,13 +99,12 @@ pub fn converse(connection: &mut (impl Read + Write), answer: impl Fn(Page) -> R
         }
         length += read;
         match page(&head[..length]) {
-            Ok(Some(page)) => break answer(page),
+            Ok(Some(page)) => return Ok(Ok(page)),
             Ok(None) if length < MAX_HEAD => {}
-            Ok(None) => break Response::refused("431 Request Header Fields Too Large"),
-            Err(status) => break Response::refused(status),
+            Ok(None) => return Ok(Err(Response::refused("431 Request Header Fields Too Large"))),
+            Err(status) => return Ok(Err(Response::refused(status))),
         }
-    };
-    response.write(connection)
+    }
 }
 
 /// Returns the page that a request head names, `None` if the head is incomplete, and a status for other requests.
@@ -185,7 +188,7 @@ mod tests {
 
     /// Sends a request, in pieces of one byte if `slow`.
     fn ask(request: &[u8], slow: bool) -> (String, Option<Page>) {
-        struct Peer<'a>(&'a [u8], bool, Vec<u8>);
+        struct Peer<'a>(&'a [u8], bool);
         impl Read for Peer<'_> {
             fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
                 let most = if self.1 { 1 } else { out.len() };
@@ -195,23 +198,15 @@ mod tests {
                 Ok(length)
             }
         }
-        impl Write for Peer<'_> {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.2.extend_from_slice(bytes);
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
+        let mut reply = Vec::new();
+        let asked = read(&mut Peer(request, slow)).ok();
+        let page = asked.as_ref().and_then(|asked| asked.as_ref().ok().copied());
+        if let Some(asked) = asked {
+            let response = asked.map_or_else(|refusal| refusal, |_| Response::text("body\n"));
+            response.write(&mut reply).unwrap();
         }
-        let mut peer = Peer(request, slow, Vec::new());
-        let asked = std::cell::Cell::new(None);
-        let _ = converse(&mut peer, |page| {
-            asked.set(Some(page));
-            Response::text("body\n")
-        });
-        let reply = String::from_utf8(peer.2).unwrap();
-        (reply.lines().next().unwrap_or_default().to_owned(), asked.get())
+        let reply = String::from_utf8(reply).unwrap();
+        (reply.lines().next().unwrap_or_default().to_owned(), page)
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,13 +13,21 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::process::{geteuid, umask};
 
 use super::http::{self, Page, Response};
 use crate::error::{Error, Result};
 use crate::sys::socket::unix;
 
+/// Longest time from the accept of a connection to the end of the request head, and from the reply to the end of the
+/// client's output.
+const HEAD_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// Longest time from the accept of a connection to the last byte of the reply.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Number of bytes after the request head that are read, and ignored, before a connection is closed.
+const MAX_REST: u64 = 64 << 10;
 
 /// Pause after a failure of accept(2), for example while no descriptor is free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -72,6 +80,7 @@ pub struct Listener(Socket);
 /// A connection.
 trait Connection: Read + Write {
     fn set_timeout(&self, timeout: Duration) -> io::Result<()>;
+    fn end_output(&self) -> io::Result<()>;
 }
 
 impl Connection for TcpStream {
@@ -79,12 +88,20 @@ impl Connection for TcpStream {
         self.set_read_timeout(Some(timeout))?;
         self.set_write_timeout(Some(timeout))
     }
+
+    fn end_output(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
 }
 
 impl Connection for UnixStream {
     fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(timeout))?;
         self.set_write_timeout(Some(timeout))
+    }
+
+    fn end_output(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
     }
 }
 
@@ -131,24 +148,20 @@ impl Listener {
         match address {
             Address::Tcp(address) => {
                 TcpListener::bind(address).map(|l| Listener(Socket::Tcp(l))).map_err(|e| {
-                    let in_use = e.kind() == io::ErrorKind::AddrInUse;
-                    let error = Error::failed(format!("cannot listen on {address}")).because(e);
-                    match in_use {
-                        true => error.hint("stop the other process, or choose another port with --listen"),
-                        false => error.hint("choose an address of this host with --listen"),
+                    let what = format!("cannot listen on {address}");
+                    match e.kind() {
+                        io::ErrorKind::AddrInUse => Error::in_use(what)
+                            .because(e)
+                            .hint("stop the other process, or choose another port with --listen"),
+                        _ => Error::failed(what)
+                            .because(e)
+                            .hint("choose an address of this host with --listen"),
                     }
                 })
             }
             Address::Unix(path) => {
                 let fail = |e: io::Error| Error::io("cannot listen on the socket", path, e);
-                if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-                    if unix::connect_within(path, PROBE_TIMEOUT).is_ok() {
-                        return Err(Error::in_use("another process listens on the socket")
-                            .at(path)
-                            .hint("stop that process, or choose another path with --listen"));
-                    }
-                    fs::remove_file(path).map_err(fail)?;
-                }
+                remove_dead(path)?;
                 let socket = listen_at(path).map_err(|e| fail(e.into()))?;
                 let found = fs::symlink_metadata(path).map_err(fail)?;
                 Ok(Listener(Socket::Unix(socket, path.clone(), (found.dev(), found.ino()))))
@@ -176,8 +189,7 @@ impl Listener {
             };
             match accepted {
                 Ok(connection) => {
-                    let mut connection = Limited { connection, until: Instant::now() + CONNECTION_TIMEOUT };
-                    if let Err(error) = http::converse(&mut connection, &answer) {
+                    if let Err(error) = converse(connection, &answer) {
                         log::debug!("a connection failed: {error}");
                     }
                 }
@@ -200,11 +212,52 @@ impl Listener {
     }
 }
 
-/// Creates a socket whose file has [`SOCKET_MODE`] from its first moment: bind(2) creates it with the mode of the socket.
+/// Answers one request, and reads what the client sends after it: close(2) with unread input resets the connection, and
+/// the client loses the reply.
+fn converse(connection: Box<dyn Connection>, answer: &impl Fn(Page) -> Response) -> io::Result<()> {
+    let start = Instant::now();
+    let mut connection = Limited { connection, until: start + HEAD_TIMEOUT };
+    let request = http::read(&mut connection)?;
+    connection.until = start + CONNECTION_TIMEOUT;
+    request.map_or_else(|refusal| refusal, answer).write(&mut connection)?;
+    connection.connection.end_output()?;
+    connection.until = Instant::now() + HEAD_TIMEOUT;
+    io::copy(&mut connection.take(MAX_REST), &mut io::sink()).map(drop)
+}
+
+/// Removes a socket file of this user that no process listens on.
+fn remove_dead(path: &Path) -> Result<()> {
+    let fail = |e: io::Error| Error::io("cannot listen on the socket", path, e);
+    let Ok(found) = fs::symlink_metadata(path) else { return Ok(()) };
+    if !found.file_type().is_socket() {
+        return Ok(());
+    }
+    if found.uid() != geteuid().as_raw() {
+        return Err(Error::in_use("the socket belongs to another user")
+            .at(path)
+            .hint("remove the file, or choose another path with --listen"));
+    }
+    match unix::connect_within(path, PROBE_TIMEOUT) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(fail),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(fail(e)),
+        // A full backlog shows a listener too.
+        _ => Err(Error::in_use("another process listens on the socket")
+            .at(path)
+            .hint("stop that process, or choose another path with --listen")),
+    }
+}
+
+/// Creates a socket whose file has [`SOCKET_MODE`] from its first moment: bind(2) creates the file with the mode of the
+/// socket, less the umask. No other thread creates files at this time.
 fn listen_at(path: &Path) -> std::result::Result<UnixListener, Errno> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     fchmod(&socket, Mode::from_raw_mode(SOCKET_MODE))?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let address = SocketAddrUnix::new(path)?;
+    let mask = umask(Mode::empty());
+    let bound = bind(&socket, &address);
+    umask(mask);
+    bound?;
     listen(&socket, BACKLOG)?;
     Ok(UnixListener::from(socket))
 }
@@ -233,7 +286,7 @@ mod tests {
         drop(first);
         let second = Listener::bind(&address).unwrap();
         let mode = fs::metadata(&path).unwrap().mode() & 0o7777;
-        assert_eq!(mode & !SOCKET_MODE, 0, "{mode:o}");
+        assert_eq!(mode, SOCKET_MODE, "{mode:o}");
         second.remove();
         assert!(!path.exists());
         fs::write(&path, "a file").unwrap();
@@ -242,13 +295,40 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_that_may_be_alive_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("full");
+        let _busy = listen_at(&path).unwrap();
+        let mut held = vec![];
+        while let Ok(stream) = unix::connect_within(&path, Duration::ZERO) {
+            held.push(stream);
+        }
+        let error = Listener::bind(&Address::Unix(path.clone())).unwrap_err();
+        assert_eq!(error.code(), crate::error::Code::InUse, "{error}");
+        let datagrams = dir.path().join("datagrams");
+        let _datagrams = std::os::unix::net::UnixDatagram::bind(&datagrams).unwrap();
+        assert!(Listener::bind(&Address::Unix(datagrams.clone())).is_err());
+        assert!(path.exists() && datagrams.exists());
+    }
+
+    #[test]
     fn a_connection_that_sends_nothing_ends() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let until = Instant::now() + Duration::from_millis(30);
-        let mut connection = Limited { connection: Box::new(ours), until };
         theirs.write_all(b"GET").unwrap();
         let start = Instant::now();
-        assert!(http::converse(&mut connection, |_| Response::text("")).is_err());
-        assert!(start.elapsed() >= Duration::from_millis(20));
+        assert!(converse(Box::new(ours), &|_| Response::text("")).is_err());
+        assert!(start.elapsed() >= HEAD_TIMEOUT / 2);
+    }
+
+    #[test]
+    fn a_client_that_sends_more_than_a_request_gets_the_reply() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(format!("POST / HTTP/1.1\r\n\r\n{}", "x".repeat(40 << 10)).as_bytes()).unwrap();
+        let served = thread::spawn(move || converse(Box::new(ours), &|_| Response::text("")));
+        let mut reply = String::new();
+        theirs.read_to_string(&mut reply).unwrap();
+        assert!(reply.starts_with("HTTP/1.1 405 "), "{reply}");
+        drop(theirs);
+        served.join().unwrap().unwrap();
     }
 }

@@ -54,13 +54,14 @@ metrics! {
 
     CLONES Gauge "stencil_clones" None, [] "Processes that map a template.";
     PARTS Gauge "stencil_memory" Some(Unit::Bytes), ["part"]
-        "RAM that templates and clones take, by part. Each page is counted once, so the sum is the whole.";
+        "RAM that templates and clones occupy, by part. Each page is counted once; the sum over the parts is \
+         the total.";
     MAPPED Gauge "stencil_memory_mapped" Some(Unit::Bytes), [] "Size of all template mappings.";
     UNSHARED Gauge "stencil_memory_unshared" Some(Unit::Bytes), []
         "RAM that the same clones would take if each had its own copy of the data of the template.";
     SWAP Gauge "stencil_memory_swap" Some(Unit::Bytes), [] "Copied pages in swap.";
     FURTHER Gauge "stencil_memory_per_further_clone" Some(Unit::Bytes), []
-        "RAM that another clone takes, as the mean of the present clones.";
+        "Estimated RAM of one more clone: the mean of the running clones.";
 
     TEMPLATE Info "stencil_template" None, ["template" "tags" "serving"]
         "Tags of the template, and how the template is served: kernel, passthrough, decode, both or idle.";
@@ -90,14 +91,16 @@ metrics! {
         "Part of the unchanged template pages that 2 MiB entries map.";
 
     CLONE_PRIVATE Gauge "stencil_clone_private" Some(Unit::Bytes), ["clone" "pid" "template"]
-        "Copied pages of one clone in RAM. Only with the option per-clone.";
+        "Copied pages of one clone in RAM. Only with --per-clone.";
     CLONE_SWAP Gauge "stencil_clone_swap" Some(Unit::Bytes), ["clone" "pid" "template"]
-        "Copied pages of one clone in swap. Only with the option per-clone.";
+        "Copied pages of one clone in swap. Only with --per-clone.";
     CLONE_TABLES Gauge "stencil_clone_page_table" Some(Unit::Bytes), ["clone" "pid" "template"]
-        "Page tables of one clone, without those of KVM. Only with the option per-clone.";
+        "Page tables of one clone, without those of KVM. Only with --per-clone.";
     CLONE_OVERHEAD Gauge "stencil_clone_overhead" Some(Unit::Bytes), ["clone" "pid" "template"]
-        "Private memory of one clone outside template mappings. Only with the option per-clone.";
+        "Private memory of one clone outside template mappings. Only with --per-clone.";
 
+    UNREADABLE Gauge "stencil_unreadable_records" None, []
+        "Records of mounts that cannot be read; the metrics of their mounts are missing.";
     MOUNT Info "stencil_mount" None, ["mount" "store" "serve" "version" "server_version" "detached"]
         "Store, serve mode and versions of a mount whose supervisor answers.";
     MOUNT_UP Gauge "stencil_mount_up" None, ["mount"] "1 if the supervisor of the mount answers.";

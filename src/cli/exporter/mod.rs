@@ -20,7 +20,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use self::collector::Collector;
-use self::figures::{ClonesFigures, Collected, MountFigures, Subject};
+use self::figures::{ClonesFigures, Collected, MountsFigures, Subject};
 use self::http::{Page, Response};
 use self::listener::{Address, Listener};
 use self::samples::Scrape;
@@ -41,7 +41,7 @@ const CLONES_TIMEOUT: Duration = Duration::from_secs(60);
 const MOUNTS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Number of connections that are served at the same time. Further ones wait in the backlog of the socket.
-const CONNECTIONS: usize = 8;
+const CONNECTIONS: usize = 32;
 
 /// Largest value of `--per-clone`.
 const MAX_CLONES: i64 = 10_000;
@@ -64,8 +64,8 @@ pub struct ExporterArgs {
     #[arg(long, value_name = "N", default_value = "0", hide_default_value = true,
         value_parser = clap::value_parser!(u32).range(0..=MAX_CLONES))]
     per_clone: u32,
-    /// Form of the log: text or json
-    #[arg(long, value_name = "FORM", default_value = "text", value_parser = value_parsers::word::<LogFormat>)]
+    /// Log format: text or json
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = value_parsers::word::<LogFormat>)]
     pub log_format: LogFormat,
     /// Collect figures once and print them; the exporter starts such a process for each collection.
     #[arg(long, hide = true)]
@@ -81,7 +81,7 @@ impl ExporterArgs {
 
 struct Exporter {
     clones: Collector<ClonesFigures>,
-    mounts: Collector<Vec<MountFigures>>,
+    mounts: Collector<MountsFigures>,
 }
 
 /// Serves until SIGTERM or SIGINT.

@@ -10,7 +10,7 @@ use prometheus_client::encoding::{DescriptorEncoder, prometheus_text, text};
 use prometheus_client::registry::Registry;
 
 use super::collector::View;
-use super::figures::{ClonesFigures, Memory, MountFigures, Subject};
+use super::figures::{ClonesFigures, Memory, MountFigures, MountsFigures, Subject};
 use super::http::Format;
 use super::metrics::*;
 use crate::control::MountStatus;
@@ -23,7 +23,7 @@ const MAX_TAGS: usize = 8;
 #[derive(Debug)]
 pub struct Scrape {
     pub clones: View<ClonesFigures>,
-    pub mounts: View<Vec<MountFigures>>,
+    pub mounts: View<MountsFigures>,
 }
 
 #[derive(Debug, Default)]
@@ -96,12 +96,11 @@ impl Samples {
         }
     }
 
-    fn mounts(&mut self, mounts: &[MountFigures]) {
+    fn mounts(&mut self, figures: &MountsFigures) {
+        self.count(&UNREADABLE, &[], figures.unreadable_records);
         let mut names = BTreeSet::new();
-        // The mount that paths lead to keeps its name, in each collection.
-        let mut order: Vec<&MountFigures> = mounts.iter().collect();
-        order.sort_by_key(|mount| mount.detached);
-        for mount in order {
+        // The first mount at a path is the topmost and keeps its name.
+        for mount in &figures.mounts {
             let mut name = mount.mountpoint.clone();
             if !names.insert(name.clone()) {
                 name = format!("{name} (device {})", mount.device);
@@ -122,9 +121,9 @@ impl Samples {
         let detached = if mount.detached { "true" } else { "false" };
         let info = [name, &mount.store, &status.serve, &status.version, server_version, detached];
         self.add(&MOUNT, &info, Value::Info);
-        let mount = [name];
+        let (mount, has_templates) = ([name], mount.has_templates);
         self.count(&SERVER_UP, &mount, status.server_pid.is_some().into());
-        for serving in ["kernel", "passthrough", "decode"] {
+        for serving in ["kernel", "passthrough", "decode"].into_iter().filter(|_| has_templates) {
             let count = status.templates.iter().filter(|template| template.serving.name() == serving).count();
             self.count(&TEMPLATES, &[name, serving], count as u64);
         }
@@ -239,11 +238,12 @@ mod tests {
             device,
             detached,
             status: None,
+            has_templates: false,
             pending: Some(device),
         };
-        let mounts = vec![mount("/a", 7, true), mount("/a", 8, false), mount("/b \"\\\n", 9, false)];
+        let mounts = vec![mount("/a", 8, false), mount("/a", 7, true), mount("/b \"\\\n", 9, false)];
         let clones = View { last: None, ..view(ClonesFigures::default()) };
-        let scrape = Scrape { clones, mounts: view(mounts) };
+        let scrape = Scrape { clones, mounts: view(MountsFigures { mounts, unreadable_records: 0 }) };
         for format in [Format::OpenMetrics, Format::Text] {
             let text = encode(&scrape, format).unwrap();
             for line in [

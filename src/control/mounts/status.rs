@@ -162,10 +162,15 @@ impl MountStatus {
     /// Builds the status from the supervisor's state. If the store cannot be read, logs the reason and leaves
     /// `templates` empty.
     pub fn new(snapshot: Snapshot, mount: &Mount) -> MountStatus {
-        let templates = templates(&snapshot).unwrap_or_else(|error| {
+        let templates = TemplateStatus::all(&snapshot).unwrap_or_else(|error| {
             log::warn!("{error}");
             Vec::new()
         });
+        MountStatus { templates, ..MountStatus::without_templates(snapshot, mount) }
+    }
+
+    /// Builds the status from the supervisor's state alone: does not read the store, and leaves `templates` empty.
+    pub fn without_templates(snapshot: Snapshot, mount: &Mount) -> MountStatus {
         let Snapshot { options, chosen, server, .. } = snapshot;
         let version = server.as_ref().map(|s| s.version.clone()).filter(|v| !v.is_empty());
         MountStatus {
@@ -197,16 +202,22 @@ impl MountStatus {
             },
             cache_size: chosen.most,
             cache_used: Bytes::new(snapshot.backings.iter().map(|b| b.reserved).sum()),
-            templates,
+            templates: Vec::new(),
             counters: snapshot.counters,
             latencies: snapshot.latencies,
         }
     }
 }
 
-fn templates(snapshot: &Snapshot) -> Result<Vec<TemplateStatus>> {
-    let store = Store::open(&snapshot.options.store)?;
-    Ok(store.digests()?.iter().filter_map(|digest| template(&store, digest, snapshot)).collect())
+impl TemplateStatus {
+    /// Returns the status of all templates of the mount's store.
+    ///
+    /// # Errors
+    /// Returns an error if the store cannot be read.
+    pub fn all(snapshot: &Snapshot) -> Result<Vec<TemplateStatus>> {
+        let store = Store::open(&snapshot.options.store)?;
+        Ok(store.digests()?.iter().filter_map(|digest| template(&store, digest, snapshot)).collect())
+    }
 }
 
 fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<TemplateStatus> {

@@ -5,9 +5,10 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use rustix::process::Signal;
 use serde_json::Value;
 use stencilfs::sys::process::ProcessId;
@@ -284,11 +285,27 @@ fn a_killed_exporter_leaves_no_collecting_process() {
     assert!(ended, "process {} is left", collecting.pid);
 }
 
+/// A directory that a bind mount covers. Drop unmounts it.
+struct Covered(PathBuf);
+
+impl Covered {
+    fn by(source: &Path, dir: PathBuf) -> Covered {
+        mount_bind(source, &dir).unwrap();
+        Covered(dir)
+    }
+}
+
+impl Drop for Covered {
+    fn drop(&mut self) {
+        unmount(&self.0, UnmountFlags::DETACH).unwrap();
+    }
+}
+
 #[test]
 fn an_unreadable_store_or_record_hides_no_supervisor() {
     let _host = host::shared();
     let (world, _) = world("decode", 1 << 20);
-    let exporter = Exporter::start(&world, &["--max-age", "0"]);
+    let exporter = Exporter::of_all_stores(&world, &["--max-age", "0"]);
     let mount = format!("mount=\"{}\"", world.mountpoint().display());
     let (up, templates) = (
         format!("stencil_mount_up{{{mount}}}"),
@@ -302,6 +319,18 @@ fn an_unreadable_store_or_record_hides_no_supervisor() {
     fs::rename(world.store_dir(), &moved).unwrap();
     let found = wait("a store that cannot be read", &|all| !all.contains_key(&templates));
     assert_eq!(found[&up], 1.0);
+    // A store in a file system that does not answer.
+    let other = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let server = ProcessId::of(other.server()).unwrap().unwrap();
+    fs::create_dir(world.store_dir()).unwrap();
+    let covered = Covered::by(other.mountpoint(), world.store_dir());
+    drill::stop(server);
+    let duration = "stencil_exporter_collection_duration_seconds{collector=\"mounts\"}";
+    let found = wait("a store that does not answer", &|all| all[duration] >= 4.0);
+    assert!(found[&up] == 1.0 && !found.contains_key(&templates), "{found:#?}");
+    server.signal(Signal::CONT).unwrap();
+    drop(covered);
+    fs::remove_dir(world.store_dir()).unwrap();
     fs::rename(&moved, world.store_dir()).unwrap();
     wait("the template again", &|all| all.get(&templates) == Some(&1.0));
 

@@ -102,8 +102,18 @@ impl Exporter {
 
     /// Starts an exporter that listens at `address`.
     pub fn at(world: &TestMount, address: &str, options: &[&str]) -> Exporter {
-        let log = world.dir().join(format!("exporter-{}.log", options.len()));
+        Self::run(world.command(), world, address, options)
+    }
+
+    /// Starts an exporter that names no store.
+    pub fn of_all_stores(world: &TestMount, options: &[&str]) -> Exporter {
         let mut command = world.command();
+        command.env_remove("STENCIL_STORE");
+        Self::run(command, world, "127.0.0.1:0", options)
+    }
+
+    fn run(mut command: Command, world: &TestMount, address: &str, options: &[&str]) -> Exporter {
+        let log = world.dir().join(format!("exporter-{}.log", options.len()));
         command.args(["exporter", "--log-format", "json", "--listen", address]).args(options);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap());

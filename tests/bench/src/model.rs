@@ -58,6 +58,9 @@ pub struct Row {
     pub input: String,
     /// State of the caches before each sample.
     pub caches: String,
+    /// Commit of the programs, if the row is of an earlier run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
     pub subjects: Vec<Subject>,
 }
 
@@ -77,6 +80,24 @@ pub struct Subject {
 pub type Sample = BTreeMap<String, Number>;
 
 impl Bench {
+    /// Adds the rows and inputs of an earlier run that this run does not have.
+    pub fn keep_other_rows(&mut self, earlier: Bench) {
+        let Bench { commit, inputs, rows, .. } = earlier;
+        let mut new = std::mem::take(&mut self.rows);
+        for mut row in rows {
+            match new.iter().position(|own| own.name == row.name) {
+                Some(index) => self.rows.push(new.remove(index)),
+                None => {
+                    row.commit.get_or_insert_with(|| commit.clone());
+                    self.rows.push(row);
+                }
+            }
+        }
+        self.rows.append(&mut new);
+        let others = inputs.into_iter().filter(|input| self.inputs.iter().all(|own| own.name != input.name));
+        self.inputs.extend(others.collect::<Vec<_>>());
+    }
+
     pub fn read(path: &Path) -> Result<Bench> {
         let failed = |cause: &dyn std::fmt::Display| {
             Error::failed(format!("cannot read the samples in {}: {cause}", path.display()))
@@ -178,6 +199,7 @@ pub mod tests {
             about: "Reads <all> of it".into(),
             input: "dense".into(),
             caches: "cold".into(),
+            commit: None,
             subjects,
         };
         let host = Host {
@@ -196,6 +218,25 @@ pub mod tests {
             inputs: vec![input],
             rows: vec![row],
         }
+    }
+
+    #[test]
+    fn a_run_of_some_rows_keeps_the_others_with_their_commit() {
+        let named = |name: &str, commit: &str, value: f64| {
+            let mut bench = bench(vec![subject("a", &[value])]);
+            (bench.rows[0].name, bench.commit) = (name.to_owned(), commit.to_owned());
+            bench
+        };
+        let mut old = named("first", "old", 1.0);
+        old.rows.extend(named("second", "", 2.0).rows);
+        old.inputs.push(Input { name: "guest".into(), ..old.inputs[0].clone() });
+        let mut new = named("second", "new", 3.0);
+        new.keep_other_rows(old);
+        let rows: Vec<_> = new.rows.iter().map(|row| (row.name.as_str(), row.commit.as_deref())).collect();
+        assert_eq!((rows, new.commit.as_str()), (vec![("first", Some("old")), ("second", None)], "new"));
+        assert_eq!(new.rows[1].subjects[0].summary("seconds").unwrap().median, 3.0);
+        let inputs: Vec<_> = new.inputs.iter().map(|input| input.name.as_str()).collect();
+        assert_eq!(inputs, ["dense", "guest"]);
     }
 
     #[test]

@@ -172,7 +172,11 @@ fn rows_tables(bench: &Bench) -> String {
     }
     for row in &bench.rows {
         let rounds = row.subjects.first().map_or(0, |subject| subject.samples.len());
-        let about = format!("{} Input: {}. Caches: {}. Rounds: {rounds}.", row.about, row.input, row.caches);
+        let mut about =
+            format!("{} Input: {}. Caches: {}. Rounds: {rounds}.", row.about, row.input, row.caches);
+        if let Some(commit) = &row.commit {
+            about += &format!(" Measured in an earlier run, of commit {commit}.");
+        }
         out += &format!("\n## {0}\n\n![{0}]({0}.svg)\n{1}\n\n", row.name, wrapped(&about));
         out += &row_table(row);
     }

@@ -34,7 +34,7 @@ const TRIES: u32 = 3;
 /// Where to measure what.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Measure this row only; may be repeated
+    /// Measure this row only; may be repeated. Other rows of the file of samples are kept
     #[arg(long = "row", value_name = "NAME")]
     only: Vec<String>,
     /// File for the samples
@@ -124,7 +124,10 @@ impl Context<'_> {
 /// Measures everything and writes the samples.
 pub fn measure_all(args: &RunArgs) -> Result<()> {
     let site = Site::new(&args.dir, &args.programs, Path::new("tests/bench"))?;
-    let bench = measure(&site, args, Extent::Full(args.rounds), DENSE)?.0;
+    let mut bench = measure(&site, args, Extent::Full(args.rounds), DENSE)?.0;
+    if !args.only.is_empty() && args.out.exists() {
+        bench.keep_other_rows(Bench::read(&args.out)?);
+    }
     fs::write(&args.out, bench.to_text()?).map_err(|e| Error::io("cannot write the samples", &args.out, e))
 }
 

@@ -103,6 +103,7 @@ pub fn measure(title: Title, rounds: u64, subjects: &mut [Measured]) -> Result<R
         about: title.about.to_owned(),
         input: title.input.to_owned(),
         caches: title.caches.to_owned(),
+        commit: None,
         subjects: results,
     })
 }

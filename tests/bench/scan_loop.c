@@ -1,8 +1,8 @@
 /* The least that measuring clones can cost: one scan of the page tables of each mapping, and nothing else.
  *
- *   scan_loop
+ *   scan_loop FILE
  *
- * Reads lines "PID START END" (addresses hexadecimal) from standard input, and counts the copied pages of each mapping by
+ * Reads lines "PID START END" (addresses hexadecimal) from a file, and counts the copied pages of each mapping by
  * PAGEMAP_SCAN. Prints the seconds and the number of pages as one line of JSON.
  */
 #define _GNU_SOURCE
@@ -34,7 +34,9 @@ static double now(void) {
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    if (argc != 2 || !freopen(argv[1], "r", stdin))
+        return 2;
     struct mapping {
         unsigned pid;
         unsigned long start, end;

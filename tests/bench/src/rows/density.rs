@@ -1,6 +1,6 @@
 //! The row about measuring the memory of clones. The floor is a program that only scans the same mappings.
 
-use std::fs::{self, File};
+use std::fs;
 use std::process::Command;
 use std::time::Instant;
 
@@ -42,7 +42,8 @@ fn row(context: &Context, store: &str, count: u64) -> Result<()> {
         caches: "all pages and programs in the page cache; passthrough",
     };
     let density = || site.stencil(&["--store", store, "density"]);
-    let bare = Command::new(&site.scan_loop);
+    let mut bare = Command::new(&site.scan_loop);
+    bare.arg(&list);
     let timed = |mut command: Command| {
         move |_| {
             let before = Counters::now(site)?;
@@ -59,12 +60,13 @@ fn row(context: &Context, store: &str, count: u64) -> Result<()> {
         take,
     };
     let scan = {
-        let list = list.clone();
         let mut command = on_first_processor(&bare);
         move |_| {
-            let input = File::open(&list).map_err(|e| Error::io("cannot open", &list, e))?;
             let before = Counters::now(site)?;
-            let found = json_of(command.stdin(input))?;
+            let found = json_of(&mut command)?;
+            if found["copied_pages"].as_u64().is_none_or(|pages| pages < 250 * count) {
+                return Err(Error::damage(format!("the bare scan has not found the copied pages: {found}")));
+            }
             let taken = Taken::seconds(found["seconds"].as_f64().unwrap_or(f64::NAN));
             Ok(before.add_to(taken, site)?.count("clones", count))
         }

@@ -119,6 +119,9 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     if !context.is_quick() {
         warm::measure(context, &ways)?;
     }
+    // `stencil clone` uses one of the mounts of a store: from here on there is only this one.
+    drop(ways);
+    [kernel, decode, small, large].into_iter().try_for_each(Mount::umount)?;
     launch::measure(context, &passthrough)?;
     density::measure(context, &passthrough)
 }

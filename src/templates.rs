@@ -154,7 +154,6 @@ impl Reader<'_> {
     /// # Errors
     /// Returns [`Code::Damage`](crate::error::Code::Damage) if the table of blocks is damaged.
     pub fn data_ranges(&self) -> Result<Vec<Range<u64>>> {
-        let blocks = self.template.data_ranges(self.file)?;
-        Ok(blocks.into_iter().map(|range| range.start * BLOCK_SIZE..range.end * BLOCK_SIZE).collect())
+        self.template.data_byte_ranges(self.file)
     }
 }

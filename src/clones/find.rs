@@ -199,6 +199,26 @@ impl TemplateMapping {
         self.start..self.start + self.length.get()
     }
 
+    /// A mapping of `pages` of a file with `file_pages` pages, at page `at` of the address space.
+    #[cfg(test)]
+    pub fn of_pages(at: u64, pages: Range<u64>, file_pages: u64) -> TemplateMapping {
+        use crate::units::PAGE_SIZE;
+        TemplateMapping {
+            digest: Digest::new([0; 32]),
+            file: "memory".into(),
+            dev: 1,
+            ino: 2,
+            start: at * PAGE_SIZE,
+            offset: FileOffset::new(pages.start * PAGE_SIZE),
+            length: Bytes::new((pages.end - pages.start) * PAGE_SIZE),
+            serving: Serving::Decode,
+            anonymous: false,
+            file_size: Bytes::new(file_pages * PAGE_SIZE),
+            index: 0,
+            mount: 0,
+        }
+    }
+
     /// Returns the distance between address and file offset, which all parts of one mapping have in common.
     pub fn distance(&self) -> u64 {
         self.start.wrapping_sub(self.offset.get())

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::find::{Inodes, TemplateMapping};
 use super::ranges::{intersect, subtract};
 use crate::error::{Code, Result};
-use crate::store::{BLOCK_SIZE, Digest};
+use crate::store::Digest;
 use crate::sys::process::procfs::MapLine;
 use crate::units::{Bytes, FileOffset, PAGE_SIZE};
 
@@ -66,12 +66,9 @@ impl<'a> ZeroMemory<'a> {
             // Removed meanwhile. All anonymous memory in the gaps then counts as replaced.
             Some(Err(_)) | None => Vec::new(),
             Some(Ok(template)) => {
-                let data = template.data_ranges(map.index)?;
-                let bytes = |blocks: &Range<u64>| blocks.start * BLOCK_SIZE..blocks.end * BLOCK_SIZE;
-                let data: Vec<_> = data.iter().map(bytes).collect();
                 // The rest of the last page of the file is zero too.
                 let whole = 0..map.file_size.get().next_multiple_of(PAGE_SIZE);
-                subtract(std::slice::from_ref(&whole), &data)
+                subtract(std::slice::from_ref(&whole), &template.data_byte_ranges(map.index)?)
             }
         };
         let zeros = Arc::new(zeros);
@@ -130,24 +127,10 @@ fn unnamed_memory(lines: &[MapLine], range: &Range<u64>) -> Vec<Range<u64>> {
 #[expect(clippy::single_range_in_vec_init, reason = "the lists are of ranges")]
 mod tests {
     use super::*;
-    use crate::store::Serving;
 
-    /// A mapping of `pages` of a file, at page `at`.
+    /// A mapping of `pages` of a file of 100 pages, at page `at`.
     fn map(at: u64, pages: Range<u64>) -> TemplateMapping {
-        TemplateMapping {
-            digest: Digest::new([0; 32]),
-            file: "memory".into(),
-            dev: 1,
-            ino: 2,
-            start: at * PAGE_SIZE,
-            offset: FileOffset::new(pages.start * PAGE_SIZE),
-            length: Bytes::new((pages.end - pages.start) * PAGE_SIZE),
-            serving: Serving::Decode,
-            anonymous: false,
-            file_size: Bytes::new(100 * PAGE_SIZE),
-            index: 0,
-            mount: 0,
-        }
+        TemplateMapping::of_pages(at, pages, 100)
     }
 
     fn line(pages: Range<u64>, perms: &str, path: &str) -> MapLine {

@@ -63,8 +63,8 @@ struct Shared<T> {
 pub struct Collector<T>(Arc<Shared<T>>);
 
 impl<T: DeserializeOwned + Send + Sync + 'static> Collector<T> {
-    /// Starts the thread of a collector. `command` makes the command of a child, which prints one line with an
-    /// [`Outcome`]. A child that prints none within `timeout` is killed.
+    /// Starts a thread that collects figures on request. `command` returns the command of a child process, which prints
+    /// an [`Outcome`] on one line. A child without output after `timeout` is killed.
     ///
     /// # Errors
     /// Returns an error if the thread cannot be started.

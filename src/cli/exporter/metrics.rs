@@ -134,7 +134,7 @@ metrics! {
     READ_TIME Histogram "stencil_server_read_duration" Some(Unit::Seconds), ["mount"]
         "Time from the arrival of a READ request in the server until the reply. Passthrough causes no READ requests.";
     OPEN_TIME Histogram "stencil_server_open_duration" Some(Unit::Seconds), ["mount"]
-        "Time from the arrival of an OPEN request in the server until the reply, with the wait for a hydration.";
+        "Time from the arrival of an OPEN request at the server until the reply, including the wait for a hydration.";
     HYDRATIONS_STARTED Counter "stencil_hydrations_started" None, ["mount"] "Hydrations that were started.";
     HYDRATIONS Counter "stencil_hydrations" None, ["mount" "result"] "Hydrations that have ended: done or failed.";
     HYDRATED Counter "stencil_hydrated" Some(Unit::Bytes), ["mount"] "Bytes of data written to backings.";

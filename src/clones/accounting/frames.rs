@@ -1,16 +1,15 @@
 //! Distinct page frames: a page that several clones share after a fork or a KSM merge is counted once.
 //!
-//! Frame numbers are read one page at a time, which takes longer than all else. So they are read only of the pages that
-//! another clone may have too.
+//! Reading the frame numbers of all pages would take longer than the rest of a measurement. Only the frame numbers of
+//! pages that another clone may share are read.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::thread;
 use std::time::Duration;
 
-use super::records::{Records, record_of};
+use super::records::{Records, is_simulated};
 use crate::clones::find::CloneProcess;
-use crate::clones::registry::Kind;
 use crate::error::{Error, Result};
 use crate::sys::memory::ksm;
 use crate::sys::memory::pagemap::{Entry, Pagemap};
@@ -151,13 +150,10 @@ pub(super) fn shared(clones: &[CloneProcess], records: &Records) -> Vec<Shared> 
             at.entry((map.start, map.dev, map.ino, map.offset.get())).or_default().push(index);
         }
     }
-    let is_simulated = |clone: &CloneProcess| {
-        record_of(clone, records).is_some_and(|entry| matches!(entry.kind, Kind::Simulated))
-    };
     let mut shared = vec![Shared::Nothing; clones.len()];
     for indexes in at.into_values().filter(|indexes| indexes.len() > 1) {
         let (simulated, others): (Vec<usize>, Vec<usize>) =
-            indexes.into_iter().partition(|index| is_simulated(&clones[*index]));
+            indexes.into_iter().partition(|index| is_simulated(&clones[*index], records));
         for index in simulated {
             shared[index] = Shared::Outside;
         }

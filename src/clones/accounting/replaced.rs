@@ -151,27 +151,12 @@ fn continued_below(lines: &[MapLine], start: u64, limit: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Digest, Serving};
-    use crate::units::{Bytes, FileOffset};
 
     const FILE: u64 = 10;
 
     /// A mapping of `pages` of a file of ten pages, at page `at`.
     fn map(at: u64, pages: Range<u64>) -> TemplateMapping {
-        TemplateMapping {
-            digest: Digest::new([0; 32]),
-            file: "memory".into(),
-            dev: 1,
-            ino: 2,
-            start: at * PAGE_SIZE,
-            offset: FileOffset::new(pages.start * PAGE_SIZE),
-            length: Bytes::new((pages.end - pages.start) * PAGE_SIZE),
-            serving: Serving::Decode,
-            file_size: Bytes::new(FILE * PAGE_SIZE),
-            index: 0,
-            mount: 0,
-            anonymous: false,
-        }
+        TemplateMapping::of_pages(at, pages, FILE)
     }
 
     fn line(pages: Range<u64>, perms: &str, path: &str) -> MapLine {

@@ -7,11 +7,10 @@ use serde::Serialize;
 
 use super::frames::Distinct;
 use super::process::{Measured, runs_kvm};
-use super::records::{Records, record_of};
+use super::records::{Records, is_simulated, record_of};
 use super::templates::TemplateMemory;
 use crate::clones::find::CloneProcess;
 use crate::clones::ranges::joined;
-use crate::clones::registry::Kind;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
 use crate::sys::process::procfs;
@@ -176,10 +175,7 @@ fn new_pages(
 
 /// Returns true if a clone has a virtual machine. A simulated clone has none.
 fn any_runs_kvm(clones: &[(CloneProcess, Measured)], records: &Records) -> bool {
-    let is_simulated = |clone: &CloneProcess| {
-        record_of(clone, records).is_some_and(|entry| matches!(entry.kind, Kind::Simulated))
-    };
-    clones.iter().any(|(clone, _)| !is_simulated(clone) && runs_kvm(clone.pid))
+    clones.iter().any(|(clone, _)| !is_simulated(clone, records) && runs_kvm(clone.pid))
 }
 
 impl Totals {

@@ -17,7 +17,7 @@ use crate::clones::launch::zygote;
 use crate::clones::registry::{self, Entry, SharedRecord, process_tree};
 use crate::error::{Error, Result};
 use crate::memory::zero_runs;
-use crate::store::{BLOCK_SIZE, FileKind, Store, TemplateFile};
+use crate::store::{FileKind, Store, TemplateFile};
 use crate::sys::poll::poll_for;
 use crate::sys::process::ProcessId;
 use crate::sys::process::session::Child;
@@ -272,9 +272,7 @@ fn job_of(order: &LaunchRequest<'_>, simulate: &Simulate) -> Result<job::Order> 
     let template = Store::open(&target.store.path)?.template(&target.digest)?;
     let file = |f: &&TemplateFile| {
         let rom = f.kind == FileKind::Rom;
-        let data = template.find_file(&f.name).and_then(|file| template.data_ranges(file))?;
-        let data: Vec<_> =
-            data.into_iter().map(|part| part.start * BLOCK_SIZE..part.end * BLOCK_SIZE).collect();
+        let data = template.find_file(&f.name).and_then(|file| template.data_byte_ranges(file))?;
         let zeros = if rom { Vec::new() } else { zero_runs(&data, f.size.get().next_multiple_of(PAGE_SIZE)) };
         Ok(OrderFile { name: f.name.clone(), path: target.dir.join(&f.name), size: f.size.get(), rom, zeros })
     };

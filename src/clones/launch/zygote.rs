@@ -223,7 +223,8 @@ impl Zygote {
         Ok(Next::Continue)
     }
 
-    /// Kills a worker. Until its exit, the worker could read the release byte of another worker.
+    /// Kills a worker. The other workers are released after its exit, because the worker could read the byte that releases
+    /// another worker.
     fn kill(&mut self, pid: u32) -> Result<()> {
         self.killed.insert(pid);
         process::signal_child(pid, Signal::KILL)

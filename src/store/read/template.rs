@@ -413,6 +413,16 @@ impl Template {
         Ok(ranges)
     }
 
+    /// Returns the blocks of a file that are not zero, as byte ranges in ascending order. The last range can end beyond the
+    /// end of the file.
+    ///
+    /// # Errors
+    /// Same as [`Template::data_ranges`].
+    pub fn data_byte_ranges(&self, file: usize) -> Result<Vec<Range<u64>>> {
+        let blocks = self.data_ranges(file)?;
+        Ok(blocks.into_iter().map(|blocks| blocks.start * BLOCK_SIZE..blocks.end * BLOCK_SIZE).collect())
+    }
+
     /// Returns a bit mask of the sixteen 4 KiB pages of a block that are not zero, lowest bit first; 0 for a zero
     /// block. Reads only the tables, no block.
     ///

@@ -71,7 +71,7 @@ impl Machine {
     /// Increments the ring: the server reads the list of condemned templates and closes its open files of the store. The
     /// caller in `waiting`, if any, gets its response when the server has done so.
     fn ring(&mut self, waiting: Option<(CallerId, Vec<Digest>)>) {
-        // The new ring makes the current server read the ledger. Servers that start from here on read the ledger anyway.
+        // The current server reads the ledger when the ring changes. A later server reads the ledger at its start.
         self.actions.extend([Action::Save, Action::Ring]);
         self.rings = self.rings.wrapping_add(1);
         if let Some((caller, removed)) = waiting {

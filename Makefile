@@ -34,7 +34,7 @@ help:
 	@echo 'make test     run all tests, then check that nothing was left on the host (runs setup and build)'
 	@echo 'make test-unit  run the unit tests and documentation examples as user nobody, without FUSE and KVM'
 	@echo 'make coverage  report the lines of supervisor and server that the unit tests run; fails below 85 %'
-	@echo 'make soak     run the soak, kill, crash and fuzz tests with higher repeat counts (runs setup and build)'
+	@echo 'make soak     run the soak, kill, crash and fuzz tests with higher repeat counts, bench-quick and coverage (runs setup and build)'
 	@echo 'make check    check format, lints, API documentation, licences and sources of crates; warnings are errors'
 	@echo 'make bench    measure every operation beside its floor and peers, write tests/bench/bench.json and the tables in docs'
 	@echo 'make bench-quick  the same in short; fails if a ratio is worse than half its goal'
@@ -75,6 +75,7 @@ soak: setup build
 	STENCIL_SOAK=1 $(guard) $(CARGO) test --release --workspace --test suite -- soak kill crash
 	STENCIL_SOAK=1 $(unprivileged) $(tools) $(CARGO) nextest run --workspace --lib --bins $(all_features) --cargo-profile release fuzz::
 	$(guard) $(bench_program) quick $(bench_options)
+	@CARGO='$(CARGO)' tests/coverage.sh
 
 check: bench-check
 	$(CARGO) fmt --all -- --check

@@ -86,7 +86,9 @@ pub fn has_executed(pid: u32) -> bool {
 
 /// Returns one number of `/proc/PID/stat`, or `None` if the process has exited.
 fn stat_field(pid: u32, index: usize) -> Option<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let mut stat = Vec::with_capacity(1024);
+    // Without a limit, `read_to_end` first asks for the size of the file, which is 0.
+    fs::File::open(format!("/proc/{pid}/stat")).ok()?.take(u64::MAX).read_to_end(&mut stat).ok()?;
     let stat = String::from_utf8_lossy(&stat);
     // The command name in parentheses may contain any character, including parentheses.
     let (_, rest) = stat.rsplit_once(") ")?;
@@ -104,6 +106,10 @@ pub fn through_memory<T>(pid: u32, read: impl Fn(&Path) -> io::Result<Option<T>>
     let read = |path: &Path| read(path).or_else(|e| if is_gone(&e) { Ok(None) } else { Err(e) });
     if let Some(value) = read(Path::new(&format!("/proc/{pid}")))? {
         return Ok(Some(value));
+    }
+    // Most processes without memory are kernel threads.
+    if is_kernel_thread(pid) {
+        return Ok(None);
     }
     let deadline = Instant::now() + LIMIT;
     loop {

@@ -6,3 +6,4 @@ mod counted_once;
 mod dirty_exact;
 mod jail;
 mod kernel_decode;
+mod kernel_decode_stress;

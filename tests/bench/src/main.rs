@@ -17,7 +17,7 @@ use stencilfs::error::{Error, Result};
 
 use crate::goals::Goals;
 use crate::model::Bench;
-use crate::run::{RunArgs, interrupt};
+use crate::run::{PlaceArgs, RunArgs, interrupt};
 
 /// Measure Stencil beside the floors and peers of each operation
 #[derive(Debug, Parser)]
@@ -35,7 +35,7 @@ enum Command {
     /// Measure all rows and write the samples to a file
     Run(RunArgs),
     /// Measure a small input until each row is within twice its goals; at most three tries a row
-    Quick(RunArgs),
+    Quick(PlaceArgs),
     /// Check samples against the goals, and the documentation against the samples
     Check {
         /// File with the samples

@@ -35,6 +35,9 @@ pub struct Host {
     pub memory_bytes: u64,
     /// File system and device of all files.
     pub file_system: String,
+    /// Versions of the programs that are measured beside Stencil, by name.
+    #[serde(default)]
+    pub tools: BTreeMap<String, String>,
 }
 
 /// Data that was measured.
@@ -88,7 +91,9 @@ impl Bench {
             match new.iter().position(|own| own.name == row.name) {
                 Some(index) => self.rows.push(new.remove(index)),
                 None => {
-                    row.commit.get_or_insert_with(|| commit.clone());
+                    if commit != self.commit {
+                        row.commit.get_or_insert_with(|| commit.clone());
+                    }
                     self.rows.push(row);
                 }
             }
@@ -108,6 +113,10 @@ impl Bench {
             1 => Ok(bench),
             other => Err(failed(&format_args!("schema {other}, expected 1"))),
         }
+    }
+
+    pub fn write(&self, path: &Path) -> Result<()> {
+        fs::write(path, self.to_text()?).map_err(|e| Error::io("cannot write the samples", path, e))
     }
 
     pub fn row(&self, name: &str) -> Option<&Row> {
@@ -208,6 +217,7 @@ pub mod tests {
             cpus: 2,
             memory_bytes: 1 << 30,
             file_system: "ext4 on /dev/vda".into(),
+            tools: BTreeMap::new(),
         };
         let input = Input { name: "dense".into(), about: "files".into(), bytes: 4096, digest: "00".into() };
         Bench {

@@ -107,6 +107,11 @@ fn goals_table(bench: &Bench, goals: &Goals) -> String {
         bytes(host.memory_bytes),
         host.file_system
     );
+    if !host.tools.is_empty() {
+        let versions: Vec<String> =
+            host.tools.iter().map(|(name, version)| format!("{name} ({version})")).collect();
+        out += &format!("{}\n\n", wrapped(&format!("Measured beside: {}.", versions.join(", "))));
+    }
     out += "| row | subject | metric | median | to | ratio | goal | |\n|---|---|---|---|---|---|---|---|\n";
     for goal in &goals.goals {
         out += &goal_line(goal, bench);

@@ -16,7 +16,7 @@ const PAGE: usize = 4096;
 
 /// Blocks with few and with many different bytes, zero blocks, and a block that is zero in parts. Differs for each
 /// `seed`, so that no block is shared.
-fn mixed(seed: u64, blocks: usize) -> Vec<u8> {
+pub fn mixed(seed: u64, blocks: usize) -> Vec<u8> {
     let mut bytes = random(seed, blocks * BLOCK);
     for (number, block) in bytes.chunks_mut(BLOCK).enumerate() {
         match number % 5 {

@@ -10,7 +10,7 @@ use stencilfs::error::{Error, Result};
 use crate::run::Context;
 use crate::run::floor::Packed;
 use crate::run::inputs;
-use crate::run::sampling::{Counters, Measured, Taken, Title, drop_caches, touch};
+use crate::run::sampling::{Counters, Measurement, Procedure, Title, drop_caches, touch};
 use crate::run::site::{Store, run};
 
 /// How often the large template repeats the dense image.
@@ -53,7 +53,7 @@ fn first_byte(context: &Context, dense: &Path, (store, digest): (&Store, &str)) 
     for (store, digest) in [(store, digest), (&large, large_digest.as_str())] {
         store.mount("kernel")?.wait_until_served(digest)?;
     }
-    let subject = |name, store, digest| Measured {
+    let subject = |name, store, digest| Procedure {
         name,
         command: "stencil mount MNT --serve kernel; touch MNT/templates/bench/dense/memory first".to_owned(),
         read_ahead_bytes: None,
@@ -76,7 +76,7 @@ fn first_byte(context: &Context, dense: &Path, (store, digest): (&Store, &str)) 
 fn verification(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -> Result<()> {
     let site = context.site;
     let packed = Packed::write(dense, &site.path("packed"))?;
-    let ours = Measured {
+    let ours = Procedure {
         name: "kernel",
         command:
             "stencil store unseal DIR; stencil mount MNT --serve kernel; stencil --json status, until served"
@@ -88,12 +88,12 @@ fn verification(context: &Context, dense: &Path, (store, digest): (&Store, &str)
             let before = Counters::now(site)?;
             let mount = store.mount("kernel")?;
             mount.wait_until_served(digest)?;
-            let taken = before.finish(site)?.count("bytes", context.dense_bytes);
+            let measurement = before.finish(site)?.count("bytes", context.dense_bytes);
             mount.umount()?;
-            Ok(taken)
+            Ok(measurement)
         }),
     };
-    let floor = Measured {
+    let floor = Procedure {
         name: "floor",
         command:
             "stencil-bench: read 64 KiB blocks compressed by LZ4, decode and hash them, on all processors"
@@ -122,7 +122,7 @@ fn hydration(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -
     let copy = site.path("copy");
     let mut cp = Command::new("cp");
     cp.arg("--sparse=never").arg(dense).arg(&copy);
-    let peer = Measured {
+    let peer = Procedure {
         name: "cp",
         command: site.recorded(&cp),
         read_ahead_bytes: None,
@@ -130,12 +130,12 @@ fn hydration(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -
             drop_caches(site, 3 * context.dense_bytes)?;
             let before = Counters::now(site)?;
             run(&mut cp)?;
-            let taken = before.finish(site)?;
+            let measurement = before.finish(site)?;
             fs::remove_file(&copy).map_err(|e| Error::io("cannot remove", &copy, e))?;
-            Ok(taken)
+            Ok(measurement)
         }),
     };
-    let ours = Measured {
+    let ours = Procedure {
         name: "passthrough",
         command: "stencil mount MNT --serve passthrough; touch MNT/templates/bench/dense/memory first"
             .to_owned(),
@@ -145,10 +145,10 @@ fn hydration(context: &Context, dense: &Path, (store, digest): (&Store, &str)) -
             let before = Counters::now(site)?;
             let mount = store.mount("passthrough")?;
             touch(site, &mount.memory("dense"), &["first"], None)?;
-            let taken: Taken = before.finish(site)?;
+            let measurement: Measurement = before.finish(site)?;
             mount.wait_until_served(digest)?;
             mount.umount()?;
-            Ok(taken)
+            Ok(measurement)
         }),
     };
     let title = Title {

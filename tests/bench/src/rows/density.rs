@@ -8,7 +8,7 @@ use serde_json::Value;
 use stencilfs::error::{Error, Result};
 
 use crate::run::Context;
-use crate::run::sampling::{Counters, Measured, Taken, Title};
+use crate::run::sampling::{Counters, Measurement, Procedure, Title};
 use crate::run::site::{Mount, json_of, run};
 
 /// Number of clones of a full and of a short run.
@@ -49,11 +49,11 @@ fn row(context: &Context, store: &str, count: u64) -> Result<()> {
             let before = Counters::now(site)?;
             let began = Instant::now();
             run(&mut command)?;
-            let taken = Taken::seconds(began.elapsed().as_secs_f64());
-            Ok(before.add_to(taken, site)?.count("clones", count))
+            let measurement = Measurement::seconds(began.elapsed().as_secs_f64());
+            Ok(before.add_to(measurement, site)?.count("clones", count))
         }
     };
-    let subject = |name, command: &Command, take| Measured {
+    let subject = |name, command: &Command, take| Procedure {
         name,
         command: site.recorded(command),
         read_ahead_bytes: None,
@@ -67,8 +67,8 @@ fn row(context: &Context, store: &str, count: u64) -> Result<()> {
             if found["copied_pages"].as_u64().is_none_or(|pages| pages < 250 * count) {
                 return Err(Error::damage(format!("the bare scan has not found the copied pages: {found}")));
             }
-            let taken = Taken::seconds(found["seconds"].as_f64().unwrap_or(f64::NAN));
-            Ok(before.add_to(taken, site)?.count("clones", count))
+            let measurement = Measurement::seconds(found["seconds"].as_f64().unwrap_or(f64::NAN));
+            Ok(before.add_to(measurement, site)?.count("clones", count))
         }
     };
     context.row(

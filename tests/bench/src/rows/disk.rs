@@ -8,7 +8,7 @@ use stencilfs::error::{Error, Result};
 
 use crate::run::Context;
 use crate::run::inputs::{changed, import};
-use crate::run::sampling::{Measured, Taken, Title};
+use crate::run::sampling::{Measurement, Procedure, Title};
 use crate::run::site::Store;
 
 /// Size of each template.
@@ -45,7 +45,7 @@ fn row(context: &Context, dense: &Path, title: Title, pages: u64) -> Result<()> 
     let copied =
         File::open(dense).and_then(|file| io::copy(&mut file.take(BYTES), &mut File::create(&base)?));
     copied.map_err(|e| Error::io("cannot write the first template", &base, e))?;
-    let ours = Measured {
+    let ours = Procedure {
         name: "stencil",
         command: site.recorded(&Store::new(site, "store").import(&copy, "N", &[])),
         read_ahead_bytes: None,
@@ -56,7 +56,7 @@ fn row(context: &Context, dense: &Path, title: Title, pages: u64) -> Result<()> 
                 changed(&base, &copy, &alone, (PERCENT, pages, number))?;
                 digests.push(import(&store, &copy, &number.to_string())?);
             }
-            let taken = Taken::default().count("stored_bytes", store.stored_bytes()?);
+            let measurement = Measurement::default().count("stored_bytes", store.stored_bytes()?);
             let mount = store.mount("kernel")?;
             for digest in &digests {
                 mount.wait_until_served(digest)?;
@@ -64,10 +64,10 @@ fn row(context: &Context, dense: &Path, title: Title, pages: u64) -> Result<()> 
             let cache = mount.status()?["cache_used"].as_u64();
             let cache = cache.ok_or_else(|| Error::failed("the status lacks the size of the cache"))?;
             mount.umount()?;
-            Ok(taken.count("cache_bytes", cache).count("bytes", TEMPLATES * BYTES))
+            Ok(measurement.count("cache_bytes", cache).count("bytes", TEMPLATES * BYTES))
         }),
     };
-    let floor = Measured {
+    let floor = Procedure {
         name: "floor",
         command: site.recorded(&Store::new(site, "store").import(&alone, "N", &[])),
         read_ahead_bytes: None,
@@ -75,11 +75,12 @@ fn row(context: &Context, dense: &Path, title: Title, pages: u64) -> Result<()> 
             let (first, differences) = (Store::new(site, "first"), Store::new(site, "differences"));
             import(&first, &base, "0")?;
             import(&differences, &alone, "0")?;
-            Ok(Taken::default().count("stored_bytes", first.stored_bytes()? + differences.stored_bytes()?))
+            Ok(Measurement::default()
+                .count("stored_bytes", first.stored_bytes()? + differences.stored_bytes()?))
         }),
     };
     // In one round the subjects are measured in the order of the second one: the floor needs the differences.
-    context.row_once(title, vec![floor, ours], Some(1))?;
+    context.row_in_rounds(title, vec![floor, ours], Some(1))?;
     for path in [&base, &copy, &alone] {
         fs::remove_file(path).map_err(|e| Error::io("cannot remove", path, e))?;
     }

@@ -10,7 +10,7 @@ use super::reads::{random, sweep};
 use crate::run::Context;
 use crate::run::floor::{Codec, encode};
 use crate::run::interrupt;
-use crate::run::sampling::{Counters, Measured, Taken, Title, drop_caches, touch_cold};
+use crate::run::sampling::{Counters, Measurement, Procedure, Title, drop_caches, touch_cold};
 use crate::run::site::json_of;
 
 const ROUNDS: u64 = 3;
@@ -39,37 +39,37 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
         input: "dense",
         caches: "cold for reads, warm for compression",
     };
-    context.row_once(title, subjects, Some(ROUNDS))
+    context.row_in_rounds(title, subjects, Some(ROUNDS))
 }
 
-fn touched<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[String]) -> Measured<'a> {
+fn touched<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[String]) -> Procedure<'a> {
     let mut command = Command::new("touch");
     let command = context.site.recorded(command.arg(dense).args(words));
     let words = words.to_vec();
-    Measured {
+    Procedure {
         name,
         command,
         read_ahead_bytes: None,
         take: Box::new(move |_| {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
-            let mut taken = touch_cold(context.site, dense, &words, None)?;
+            let mut measurement = touch_cold(context.site, dense, &words, None)?;
             // The subjects of this row touch different pages.
-            taken.checksum = None;
-            let bytes = taken.sample.get("touched_bytes").cloned();
-            taken.sample.extend(bytes.map(|bytes| ("bytes".to_owned(), bytes)));
-            Ok(taken)
+            measurement.checksum = None;
+            let bytes = measurement.sample.get("touched_bytes").cloned();
+            measurement.sample.extend(bytes.map(|bytes| ("bytes".to_owned(), bytes)));
+            Ok(measurement)
         }),
     }
 }
 
-fn fio<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&str]) -> Measured<'a> {
+fn fio<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&str]) -> Procedure<'a> {
     let mut command = Command::new("fio");
     command.args(["--name=floor", "--readonly", "--ioengine=mmap", "--invalidate=0", "--output-format=json"]);
     command
         .arg(format!("--filename={}", dense.display()))
         .arg(format!("--size={}", context.dense_bytes))
         .args(words);
-    Measured {
+    Procedure {
         name,
         command: context.site.recorded(&command),
         read_ahead_bytes: None,
@@ -79,7 +79,7 @@ fn fio<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&str])
             let read = &found["jobs"][0]["read"];
             match (read["runtime"].as_f64(), read["io_bytes"].as_u64()) {
                 (Some(milliseconds), Some(bytes)) if milliseconds > 0.0 => {
-                    Ok(Taken::seconds(milliseconds / 1e3).count("bytes", bytes))
+                    Ok(Measurement::seconds(milliseconds / 1e3).count("bytes", bytes))
                 }
                 _ => Err(Error::failed(format!("fio printed no times: {read}"))),
             }
@@ -87,8 +87,8 @@ fn fio<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&str])
     }
 }
 
-fn compressed<'a>(context: &'a Context, dense: &'a Path, name: &'a str, codec: Codec) -> Measured<'a> {
-    Measured {
+fn compressed<'a>(context: &'a Context, dense: &'a Path, name: &'a str, codec: Codec) -> Procedure<'a> {
+    Procedure {
         name,
         command: "stencil-bench: compress blocks of 64 KiB, by one thread".to_owned(),
         read_ahead_bytes: None,
@@ -96,17 +96,17 @@ fn compressed<'a>(context: &'a Context, dense: &'a Path, name: &'a str, codec: C
             encode(dense, codec, 1, false)?;
             let before = Counters::now(context.site)?;
             let stored = encode(dense, codec, 1, false)?;
-            let taken = before.finish(context.site)?;
-            Ok(taken.count("bytes", context.dense_bytes).count("stored_bytes", stored))
+            let measurement = before.finish(context.site)?;
+            Ok(measurement.count("bytes", context.dense_bytes).count("stored_bytes", stored))
         }),
     }
 }
 
 /// The benchmark of a compressor, which reads the file before it measures.
-fn foreign<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&str]) -> Measured<'a> {
+fn foreign<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&str]) -> Procedure<'a> {
     let mut command = Command::new(name);
     command.args(words).arg(dense);
-    Measured {
+    Procedure {
         name,
         command: context.site.recorded(&command),
         read_ahead_bytes: None,
@@ -117,7 +117,7 @@ fn foreign<'a>(context: &'a Context, dense: &'a Path, name: &'a str, words: &[&s
             let speed =
                 speed(&text).ok_or_else(|| Error::failed(format!("{name} printed no speed: {text}")))?;
             let seconds = approximate(context.dense_bytes) / 1e6 / speed;
-            Ok(Taken::seconds(seconds).count("bytes", context.dense_bytes))
+            Ok(Measurement::seconds(seconds).count("bytes", context.dense_bytes))
         }),
     }
 }

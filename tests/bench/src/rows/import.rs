@@ -9,7 +9,7 @@ use stencilfs::error::{Error, Result};
 use super::{CLUSTERS, directory_of, make_erofs};
 use crate::run::Context;
 use crate::run::floor::{Codec, encode, processors};
-use crate::run::sampling::{Counters, Measured, Title, settle};
+use crate::run::sampling::{Counters, Procedure, Title, settle};
 use crate::run::site::{Store, occupied, run};
 
 const CACHES: &str = "the input in the page cache";
@@ -49,10 +49,10 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     context.row(title, vec![ours(context, dense, "zstd"), floor(context, dense, Codec::Zstd), peer])
 }
 
-fn ours<'a>(context: &'a Context, dense: &'a Path, codec: &'static str) -> Measured<'a> {
+fn ours<'a>(context: &'a Context, dense: &'a Path, codec: &'static str) -> Procedure<'a> {
     let site = context.site;
     let more = ["--compression", codec];
-    Measured {
+    Procedure {
         name: "stencil",
         command: site.recorded(&Store::new(site, "store").import(dense, "dense", &more)),
         read_ahead_bytes: None,
@@ -67,8 +67,8 @@ fn ours<'a>(context: &'a Context, dense: &'a Path, codec: &'static str) -> Measu
     }
 }
 
-fn floor<'a>(context: &'a Context, dense: &'a Path, codec: Codec) -> Measured<'a> {
-    Measured {
+fn floor<'a>(context: &'a Context, dense: &'a Path, codec: Codec) -> Procedure<'a> {
+    Procedure {
         name: "floor",
         command: "stencil-bench: look for zero pages, hash and compress blocks of 64 KiB, on all processors"
             .to_owned(),
@@ -89,9 +89,9 @@ fn writing<'a>(
     name: &'a str,
     mut command: Command,
     out: std::path::PathBuf,
-) -> Measured<'a> {
+) -> Procedure<'a> {
     let site = context.site;
-    Measured {
+    Procedure {
         name,
         command: site.recorded(&command),
         read_ahead_bytes: None,

@@ -7,7 +7,7 @@ use stencilfs::error::{Error, Result};
 
 use crate::run::Context;
 use crate::run::floor::processors;
-use crate::run::sampling::{Counters, Measured, Taken, Title, settle, touch};
+use crate::run::sampling::{Counters, Measurement, Procedure, Title, settle, touch};
 use crate::run::site::{Mount, json_of, run};
 
 /// Pages that each clone reads and writes.
@@ -49,7 +49,7 @@ fn prepare(context: &Context, mount: &Mount) -> Result<()> {
     settle(context.site, 4 * context.dense_bytes)
 }
 
-fn stencil<'a>(context: &'a Context, mount: &'a Mount, count: u64, name: &'a str) -> Measured<'a> {
+fn stencil<'a>(context: &'a Context, mount: &'a Mount, count: u64, name: &'a str) -> Procedure<'a> {
     let (read, write) = TOUCHED;
     let simulate = format!("read={read}p,write={write}p");
     let site = context.site;
@@ -57,7 +57,7 @@ fn stencil<'a>(context: &'a Context, mount: &'a Mount, count: u64, name: &'a str
     let launch = move || {
         site.stencil(&["--store", &store, "clone", "bench:dense", "-n", &number, "--simulate", &simulate])
     };
-    Measured {
+    Procedure {
         name,
         command: site.recorded(&launch()),
         read_ahead_bytes: None,
@@ -65,7 +65,7 @@ fn stencil<'a>(context: &'a Context, mount: &'a Mount, count: u64, name: &'a str
             prepare(context, mount)?;
             let before = Counters::now(site)?;
             let launched = run(&mut launch());
-            let taken = before.finish(site);
+            let measurement = before.finish(site);
             let began = Instant::now();
             // After a failure too: no clone may stay.
             let stopped = site.stencil(&["stop", "--all"]).output();
@@ -74,18 +74,18 @@ fn stencil<'a>(context: &'a Context, mount: &'a Mount, count: u64, name: &'a str
             if lines != count || !stopped.is_ok_and(|output| output.status.success()) {
                 return Err(Error::failed(format!("{lines} of {count} clones were launched and stopped")));
             }
-            Ok(taken?.count("clones", count).with("stop_seconds", stop_seconds))
+            Ok(measurement?.count("clones", count).with("stop_seconds", stop_seconds))
         }),
     }
 }
 
-fn bare<'a>(context: &'a Context, mount: &'a Mount, count: u64) -> Measured<'a> {
+fn bare<'a>(context: &'a Context, mount: &'a Mount, count: u64) -> Procedure<'a> {
     let site = context.site;
     let (read, write) = TOUCHED;
     let parallel = 2 * processors() as u64;
     let mut command = Command::new(&site.fork_loop);
     command.arg(mount.memory("dense")).args([count, read, write, parallel].map(|number| number.to_string()));
-    Measured {
+    Procedure {
         name: "bare",
         command: site.recorded(&command),
         read_ahead_bytes: None,
@@ -94,8 +94,9 @@ fn bare<'a>(context: &'a Context, mount: &'a Mount, count: u64) -> Measured<'a> 
             let before = Counters::now(site)?;
             let found = json_of(&mut command)?;
             let seconds = |name: &str| found[name].as_f64().unwrap_or(f64::NAN);
-            let taken = Taken::seconds(seconds("seconds")).with("stop_seconds", seconds("stop_seconds"));
-            Ok(before.add_to(taken, site)?.count("clones", count))
+            let measurement =
+                Measurement::seconds(seconds("seconds")).with("stop_seconds", seconds("stop_seconds"));
+            Ok(before.add_to(measurement, site)?.count("clones", count))
         }),
     }
 }

@@ -11,27 +11,27 @@ use super::{CLUSTERS, density, erofs_of, launch, warm};
 use crate::run::Context;
 use crate::run::floor::Packed;
 use crate::run::inputs;
-use crate::run::sampling::{Measured, Taken, Title, read_ahead, touch, touch_cold};
+use crate::run::sampling::{Measurement, Procedure, Title, read_ahead, touch, touch_cold};
 use crate::run::site::{Mount, Store};
 use crate::run::static_fs::StaticFs;
 
-/// A way to read the same data: a file.
-pub struct Way<'a> {
+/// A file with the data, as one file system serves it.
+pub struct Source<'a> {
     pub name: &'a str,
     pub file: PathBuf,
     pub mount: Option<&'a Mount<'a>>,
     pub read_ahead_bytes: Option<u64>,
 }
 
-impl<'a> Way<'a> {
+impl<'a> Source<'a> {
     /// A file of a file system.
-    pub fn plain(name: &'a str, file: PathBuf) -> Result<Way<'a>> {
+    pub fn plain(name: &'a str, file: PathBuf) -> Result<Source<'a>> {
         let stat = fs::metadata(&file).map_err(|e| Error::io("cannot inspect", &file, e))?;
-        Ok(Way { name, file, mount: None, read_ahead_bytes: read_ahead(stat.dev()) })
+        Ok(Source { name, file, mount: None, read_ahead_bytes: read_ahead(stat.dev()) })
     }
 
     /// The template `bench:TAG` of a mount.
-    pub fn served(context: &Context, mount: &'a Mount<'a>, tag: &str) -> Result<Way<'a>> {
+    pub fn served(context: &Context, mount: &'a Mount<'a>, tag: &str) -> Result<Source<'a>> {
         let file = mount.memory(tag);
         let read_ahead_bytes = match mount.serve.as_str() {
             "decode" => mount.status()?["read_ahead_bytes"].as_u64(),
@@ -39,7 +39,7 @@ impl<'a> Way<'a> {
             // The EROFS mount is at no path, and sysfs does not show it.
             _ => None,
         };
-        Ok(Way { name: &mount.name, file, mount: Some(mount), read_ahead_bytes })
+        Ok(Source { name: &mount.name, file, mount: Some(mount), read_ahead_bytes })
     }
 
     /// A subject that touches pages of the file with cold caches. `words` are arguments of `touch.c` after the path.
@@ -48,9 +48,9 @@ impl<'a> Way<'a> {
         context: &'a Context,
         name: &'a str,
         words: impl Fn(u64) -> Vec<String> + 'a,
-    ) -> Measured<'a> {
+    ) -> Procedure<'a> {
         let (file, mount) = (self.file.clone(), self.mount);
-        Measured {
+        Procedure {
             name,
             command: self.command(context, &words(1)),
             read_ahead_bytes: self.read_ahead_bytes,
@@ -104,34 +104,34 @@ pub fn measure(context: &Context, dense: &Path) -> Result<()> {
     }
     let [erofs, erofs_64k] = CLUSTERS.map(|(name, more)| erofs_of(context.site, dense, name, more));
     let (erofs, erofs_64k) = (erofs?, erofs_64k?);
-    let ways = [
-        Way::served(context, &kernel, "dense")?,
-        Way::served(context, &passthrough, "dense")?,
-        Way::served(context, &decode, "dense")?,
-        Way::served(context, &small, "dense")?,
-        Way::served(context, &large, "dense")?,
-        Way::plain("ext4", dense.to_owned())?,
-        Way::plain("erofs", erofs.file("memory"))?,
-        Way::plain("erofs-64k", erofs_64k.file("memory"))?,
+    let sources = [
+        Source::served(context, &kernel, "dense")?,
+        Source::served(context, &passthrough, "dense")?,
+        Source::served(context, &decode, "dense")?,
+        Source::served(context, &small, "dense")?,
+        Source::served(context, &large, "dense")?,
+        Source::plain("ext4", dense.to_owned())?,
+        Source::plain("erofs", erofs.file("memory"))?,
+        Source::plain("erofs-64k", erofs_64k.file("memory"))?,
     ];
-    sequential(context, &ways)?;
-    random_pages(context, &ways, dense)?;
+    sequential(context, &sources)?;
+    random_pages(context, &sources, dense)?;
     if !context.is_quick() {
-        warm::measure(context, &ways)?;
+        warm::measure(context, &sources)?;
     }
     // `stencil clone` uses one of the mounts of a store: from here on there is only this one.
-    drop(ways);
+    drop(sources);
     [kernel, decode, small, large].into_iter().try_for_each(Mount::umount)?;
     launch::measure(context, &passthrough)?;
     density::measure(context, &passthrough)
 }
 
-fn sequential(context: &Context, ways: &[Way; 8]) -> Result<()> {
-    let [kernel, passthrough, _, _, _, ext4, ..] = ways;
-    let mut subjects: Vec<Measured> =
-        ways.iter().map(|way| way.cold(context, way.name, sweep("normal"))).collect();
+fn sequential(context: &Context, sources: &[Source; 8]) -> Result<()> {
+    let [kernel, passthrough, _, _, _, ext4, ..] = sources;
+    let mut subjects: Vec<Procedure> =
+        sources.iter().map(|source| source.cold(context, source.name, sweep("normal"))).collect();
     let advised = [(kernel, "kernel-huge"), (passthrough, "passthrough-huge"), (ext4, "ext4-huge")];
-    subjects.extend(advised.map(|(way, name)| way.cold(context, name, sweep("huge"))));
+    subjects.extend(advised.map(|(source, name)| source.cold(context, name, sweep("huge"))));
     let title = Title {
         name: "sequential",
         about: "Read one word of each page through a mapping, in order; -huge with MADV_HUGEPAGE. decode-128k \
@@ -142,7 +142,7 @@ fn sequential(context: &Context, ways: &[Way; 8]) -> Result<()> {
     context.row(title, subjects)
 }
 
-fn random_pages(context: &Context, ways: &[Way; 8], dense: &Path) -> Result<()> {
+fn random_pages(context: &Context, sources: &[Source; 8], dense: &Path) -> Result<()> {
     let site = context.site;
     let title = Title {
         name: "random-20000",
@@ -151,7 +151,7 @@ fn random_pages(context: &Context, ways: &[Way; 8], dense: &Path) -> Result<()> 
         input: "dense",
         caches: "cold",
     };
-    let subjects = ways.iter().map(|way| way.cold(context, way.name, random("normal", 20_000)));
+    let subjects = sources.iter().map(|source| source.cold(context, source.name, random("normal", 20_000)));
     context.row(title, subjects.collect())?;
     let title = Title {
         name: "random-advised",
@@ -164,9 +164,11 @@ fn random_pages(context: &Context, ways: &[Way; 8], dense: &Path) -> Result<()> 
     let (packed, static_fs) =
         (site.path("packed"), StaticFs::mount(&site.create_dir("static")?, context.dense_bytes)?);
     let blocks = Packed::write(dense, &packed)?;
-    let mut subjects: Vec<Measured> =
-        ways.iter().map(|way| way.cold(context, way.name, random("random", ADVISED_PAGES))).collect();
-    subjects.push(Measured {
+    let mut subjects: Vec<Procedure> = sources
+        .iter()
+        .map(|source| source.cold(context, source.name, random("random", ADVISED_PAGES)))
+        .collect();
+    subjects.push(Procedure {
         name: "decode-floor",
         command:
             "stencil-bench: read, decode and hash blocks of 64 KiB; touch DIR/static/zeros random random"
@@ -178,9 +180,9 @@ fn random_pages(context: &Context, ways: &[Way; 8], dense: &Path) -> Result<()> 
             let replies = touch_cold(site, static_fs.file(), &words, None)?.sample;
             let reply = |metric| replies.get(metric).and_then(Number::as_f64).unwrap_or(f64::NAN);
             let blocks = blocks.verify_anywhere(&packed, round, ADVISED_PAGES)?;
-            let taken = Taken::seconds(reply("seconds") + blocks.iter().sum::<f64>() / 1e6);
-            let taken = taken.with("reply_p50_us", reply("p50_us"));
-            Ok(taken.with("p50_us", reply("p50_us") + blocks[blocks.len() / 2]))
+            let measurement = Measurement::seconds(reply("seconds") + blocks.iter().sum::<f64>() / 1e6);
+            let measurement = measurement.with("reply_p50_us", reply("p50_us"));
+            Ok(measurement.with("p50_us", reply("p50_us") + blocks[blocks.len() / 2]))
         }),
     });
     context.row(title, subjects)?;

@@ -2,19 +2,19 @@
 
 use stencilfs::error::Result;
 
-use super::reads::Way;
+use super::reads::Source;
 use crate::run::Context;
-use crate::run::sampling::{Measured, Title, touch, touch_cold};
+use crate::run::sampling::{Procedure, Title, touch, touch_cold};
 
-pub fn measure(context: &Context, ways: &[Way; 8]) -> Result<()> {
-    let [kernel, passthrough, decode, _, _, ext4, ..] = ways;
+pub fn measure(context: &Context, sources: &[Source; 8]) -> Result<()> {
+    let [kernel, passthrough, decode, _, _, ext4, ..] = sources;
     let title = Title {
         name: "warm",
         about: "Read one word of each page through a new mapping, then write to each page of the last quarter.",
         input: "dense",
         caches: "all pages in the page cache, read in order before",
     };
-    let subjects = [kernel, passthrough, decode, ext4].map(|way| warm(context, way, "normal"));
+    let subjects = [kernel, passthrough, decode, ext4].map(|source| warm(context, source, "normal"));
     context.row(title, subjects.into())?;
     let title = Title {
         name: "warm-huge",
@@ -23,18 +23,18 @@ pub fn measure(context: &Context, ways: &[Way; 8]) -> Result<()> {
         input: "dense",
         caches: "all pages in the page cache, read in order before",
     };
-    let subjects = [kernel, passthrough, ext4].map(|way| warm(context, way, "huge"));
+    let subjects = [kernel, passthrough, ext4].map(|source| warm(context, source, "huge"));
     context.row(title, subjects.into())
 }
 
-fn warm<'a>(context: &'a Context, way: &'a Way, advice: &'static str) -> Measured<'a> {
-    Measured {
-        name: way.name,
-        command: way.command(context, &["copy".to_owned(), advice.to_owned()]),
+fn warm<'a>(context: &'a Context, source: &'a Source, advice: &'static str) -> Procedure<'a> {
+    Procedure {
+        name: source.name,
+        command: source.command(context, &["copy".to_owned(), advice.to_owned()]),
         read_ahead_bytes: None,
         take: Box::new(move |_| {
-            touch_cold(context.site, &way.file, &["sweep", advice], way.mount)?;
-            touch(context.site, &way.file, &["copy", advice], way.mount)
+            touch_cold(context.site, &source.file, &["sweep", advice], source.mount)?;
+            touch(context.site, &source.file, &["copy", advice], source.mount)
         }),
     }
 }

@@ -6,10 +6,10 @@ use std::process::Command;
 use stencilfs::error::Result;
 
 use super::erofs_of;
-use super::reads::{Way, random, sweep};
+use super::reads::{Source, random, sweep};
 use crate::run::Context;
 use crate::run::inputs;
-use crate::run::sampling::{Measured, Title};
+use crate::run::sampling::{Procedure, Title};
 use crate::run::site::{Store, run};
 
 pub fn measure(context: &Context, dense: &Path, bytes: u64) -> Result<()> {
@@ -26,12 +26,12 @@ pub fn measure(context: &Context, dense: &Path, bytes: u64) -> Result<()> {
     kernel.wait_until_served(&digest)?;
     decode.wait_until_served(&digest)?;
     let erofs = erofs_of(context.site, &file, "zeros", &[])?;
-    let ways = [
-        Way::served(context, &kernel, "zeros")?,
-        Way::served(context, &decode, "zeros")?,
-        Way::plain("ext4", file)?,
-        Way::plain("ext4-holes", holes)?,
-        Way::plain("erofs", erofs.file("memory"))?,
+    let sources = [
+        Source::served(context, &kernel, "zeros")?,
+        Source::served(context, &decode, "zeros")?,
+        Source::plain("ext4", file)?,
+        Source::plain("ext4-holes", holes)?,
+        Source::plain("erofs", erofs.file("memory"))?,
     ];
     let title = Title {
         name: "sequential-zeros",
@@ -40,14 +40,14 @@ pub fn measure(context: &Context, dense: &Path, bytes: u64) -> Result<()> {
         input: "zeros",
         caches: "cold",
     };
-    let subjects: Vec<Measured> =
-        ways.iter().map(|way| way.cold(context, way.name, sweep("normal"))).collect();
+    let subjects: Vec<Procedure> =
+        sources.iter().map(|source| source.cold(context, source.name, sweep("normal"))).collect();
     context.row(title, subjects)?;
     let title = Title {
         name: "random-zeros",
         about: "Read one word of 20 000 pages anywhere through a mapping, with default advice.",
         ..title
     };
-    let subjects = ways.iter().map(|way| way.cold(context, way.name, random("normal", 20_000)));
+    let subjects = sources.iter().map(|source| source.cold(context, source.name, random("normal", 20_000)));
     context.row(title, subjects.collect())
 }

@@ -8,6 +8,7 @@ pub mod site;
 pub mod static_fs;
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,7 +20,7 @@ use stencilfs::error::{Error, Result};
 use crate::goals::Goals;
 use crate::model::{Bench, Host, Input, Row};
 use crate::rows;
-use sampling::{Measured, Title};
+use sampling::{Procedure, Title};
 use site::{Site, run};
 
 /// Size of the dense image.
@@ -31,18 +32,25 @@ const ZEROS: u64 = 4 << 30;
 /// Largest number of measurements of a row in a short run.
 const TRIES: u32 = 3;
 
-/// Where to measure what.
+/// What to measure in full, and the file for the samples.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Measure this row only; may be repeated. Other rows of the file of samples are kept
-    #[arg(long = "row", value_name = "NAME")]
-    only: Vec<String>,
-    /// File for the samples
+    /// File for the samples. Written after each row; other rows of the file are kept
     #[arg(long, default_value = "tests/bench/bench.json")]
     out: PathBuf,
     /// Number of rounds
     #[arg(long, default_value_t = 5)]
     rounds: u64,
+    #[command(flatten)]
+    place: PlaceArgs,
+}
+
+/// Which rows to measure, and where.
+#[derive(Debug, Args)]
+pub struct PlaceArgs {
+    /// Measure this row only; may be repeated
+    #[arg(long = "row", value_name = "NAME")]
+    only: Vec<String>,
     /// Directory of the programs of Stencil
     #[arg(long, default_value = "target/release")]
     programs: PathBuf,
@@ -64,6 +72,10 @@ enum Extent<'a> {
 
 /// What the rows need to be measured, and their results.
 pub struct Context<'a> {
+    /// The run without its inputs and rows.
+    head: Bench,
+    /// The file for the samples and its earlier contents.
+    file: Option<(&'a Path, Option<Bench>)>,
     pub site: &'a Site,
     extent: Extent<'a>,
     only: &'a [String],
@@ -88,12 +100,17 @@ impl Context<'_> {
     }
 
     /// Measures a row.
-    pub fn row(&self, title: Title, subjects: Vec<Measured>) -> Result<()> {
-        self.row_once(title, subjects, None)
+    pub fn row(&self, title: Title, subjects: Vec<Procedure>) -> Result<()> {
+        self.row_in_rounds(title, subjects, None)
     }
 
     /// Measures a row in another number of rounds.
-    pub fn row_once(&self, title: Title, mut subjects: Vec<Measured>, rounds: Option<u64>) -> Result<()> {
+    pub fn row_in_rounds(
+        &self,
+        title: Title,
+        mut subjects: Vec<Procedure>,
+        rounds: Option<u64>,
+    ) -> Result<()> {
         if !self.wants(&[title.name]) {
             return Ok(());
         }
@@ -117,24 +134,42 @@ impl Context<'_> {
             }
         };
         self.rows.borrow_mut().push(row);
-        Ok(())
+        self.save()
+    }
+
+    /// Returns the results so far.
+    fn bench(&self) -> Bench {
+        Bench { inputs: self.inputs.borrow().clone(), rows: self.rows.borrow().clone(), ..self.head.clone() }
+    }
+
+    /// Writes the results so far, with the rows of the file that are not measured yet.
+    fn save(&self) -> Result<()> {
+        let Some((file, earlier)) = &self.file else { return Ok(()) };
+        let mut bench = self.bench();
+        if let Some(earlier) = earlier {
+            bench.keep_other_rows(earlier.clone());
+        }
+        bench.write(file)
     }
 }
 
 /// Measures everything and writes the samples.
 pub fn measure_all(args: &RunArgs) -> Result<()> {
-    let site = Site::new(&args.dir, &args.programs, Path::new("tests/bench"))?;
-    let mut bench = measure(&site, args, Extent::Full(args.rounds), DENSE)?.0;
-    if !args.only.is_empty() && args.out.exists() {
-        bench.keep_other_rows(Bench::read(&args.out)?);
+    let site = args.place.site()?;
+    let earlier = args.out.exists().then(|| Bench::read(&args.out)).transpose()?;
+    let file = Some((args.out.as_path(), earlier));
+    let bench = measure(&site, &args.place, Extent::Full(args.rounds), DENSE, file)?.0;
+    match args.place.only.is_empty() {
+        // Rows of the file that are no longer measured end here.
+        true => bench.write(&args.out),
+        false => Ok(()),
     }
-    fs::write(&args.out, bench.to_text()?).map_err(|e| Error::io("cannot write the samples", &args.out, e))
 }
 
 /// Measures small inputs. Fails if a ratio is worse than half its goal in each measurement of its row.
-pub fn measure_quickly(args: &RunArgs, goals: &Goals) -> Result<()> {
-    let site = Site::new(&args.dir, &args.programs, Path::new("tests/bench"))?;
-    let (bench, problems) = measure(&site, args, Extent::Quick(goals), QUICK_DENSE)?;
+pub fn measure_quickly(args: &PlaceArgs, goals: &Goals) -> Result<()> {
+    let site = args.site()?;
+    let (bench, problems) = measure(&site, args, Extent::Quick(goals), QUICK_DENSE, None)?;
     for goal in &goals.goals {
         if let Some(ratio) = bench.row(&goal.row).and_then(|row| goal.ratio(row).ok()) {
             println!("{goal}: {ratio:.3}");
@@ -146,10 +181,31 @@ pub fn measure_quickly(args: &RunArgs, goals: &Goals) -> Result<()> {
     }
 }
 
-fn measure(site: &Site, args: &RunArgs, extent: Extent, dense_bytes: u64) -> Result<(Bench, Vec<String>)> {
+impl PlaceArgs {
+    fn site(&self) -> Result<Site> {
+        Site::new(&self.dir, &self.programs, Path::new("tests/bench"))
+    }
+}
+
+fn measure(
+    site: &Site,
+    args: &PlaceArgs,
+    extent: Extent,
+    dense_bytes: u64,
+    file: Option<(&Path, Option<Bench>)>,
+) -> Result<(Bench, Vec<String>)> {
     let began = Instant::now();
-    let commit = commit()?;
+    let head = Bench {
+        schema: 1,
+        commit: commit()?,
+        date: run(Command::new("date").args(["-u", "+%Y-%m-%dT%H:%M:%SZ"]))?.trim().to_owned(),
+        host: host(site, &args.guests)?,
+        inputs: Vec::new(),
+        rows: Vec::new(),
+    };
     let context = Context {
+        head,
+        file,
         site,
         extent,
         only: &args.only,
@@ -165,14 +221,7 @@ fn measure(site: &Site, args: &RunArgs, extent: Extent, dense_bytes: u64) -> Res
     if !missing.is_empty() {
         return Err(Error::usage(format!("no row is called {missing:?}")));
     }
-    let bench = Bench {
-        schema: 1,
-        commit,
-        date: run(Command::new("date").args(["-u", "+%Y-%m-%dT%H:%M:%SZ"]))?.trim().to_owned(),
-        host: host(site)?,
-        inputs: context.inputs.into_inner(),
-        rows: context.rows.into_inner(),
-    };
+    let bench = context.bench();
     eprintln!("{} rows in {:.0} s", bench.rows.len(), began.elapsed().as_secs_f64());
     Ok((bench, context.problems.into_inner()))
 }
@@ -187,7 +236,7 @@ fn commit() -> Result<String> {
     Ok(format!("{}{}", head.trim(), if changes.is_empty() { "" } else { "+" }))
 }
 
-fn host(site: &Site) -> Result<Host> {
+fn host(site: &Site, guests: &Path) -> Result<Host> {
     let read = |path: &str| fs::read_to_string(path).map_err(|e| Error::io("cannot read", path, e));
     let processors = read("/proc/cpuinfo")?;
     let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -199,5 +248,25 @@ fn host(site: &Site) -> Result<Host> {
         cpus: floor::processors() as u64,
         memory_bytes: kib.unwrap_or_default() * 1024,
         file_system: site.file_system()?,
+        tools: versions(guests),
     })
+}
+
+/// The versions of the programs that are measured beside Stencil. A program that is missing fails its row.
+fn versions(guests: &Path) -> BTreeMap<String, String> {
+    let firecracker = guests.join("firecracker");
+    let tools = [
+        ("fio", Path::new("fio"), "--version"),
+        ("firecracker", &firecracker, "--version"),
+        ("lz4", Path::new("lz4"), "--version"),
+        ("mkfs.erofs", Path::new("mkfs.erofs"), "--version"),
+        ("qemu", Path::new("qemu-system-x86_64"), "--version"),
+        ("zstd", Path::new("zstd"), "--version"),
+    ];
+    let version = |(name, program, option): (&str, &Path, &str)| {
+        let printed = run(Command::new(program).arg(option)).ok()?;
+        let line = printed.lines().find(|line| line.contains(|c: char| c.is_ascii_digit()))?;
+        Some((name.to_owned(), line.trim().to_owned()))
+    };
+    tools.into_iter().filter_map(version).collect()
 }

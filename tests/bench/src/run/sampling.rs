@@ -14,39 +14,39 @@ use crate::model::{Row, Sample, Subject, rounded};
 
 /// Result of one measurement.
 #[derive(Debug, Default)]
-pub struct Taken {
+pub struct Measurement {
     pub sample: Sample,
     /// Checksum of the bytes that were read; equal for all subjects of a round.
     pub checksum: Option<u64>,
 }
 
-impl Taken {
+impl Measurement {
     /// A sample with these seconds.
-    pub fn seconds(seconds: f64) -> Taken {
-        Taken::default().with("seconds", seconds)
+    pub fn seconds(seconds: f64) -> Measurement {
+        Measurement::default().with("seconds", seconds)
     }
 
     #[must_use]
-    pub fn with(mut self, name: &str, value: f64) -> Taken {
+    pub fn with(mut self, name: &str, value: f64) -> Measurement {
         // A metric without a number is missing, which the check of the samples reports.
         self.sample.extend(rounded(value).map(|value| (name.to_owned(), value)));
         self
     }
 
     #[must_use]
-    pub fn count(mut self, name: &str, value: u64) -> Taken {
+    pub fn count(mut self, name: &str, value: u64) -> Measurement {
         self.sample.insert(name.to_owned(), value.into());
         self
     }
 }
 
 /// A subject of a row, and how it is measured.
-pub struct Measured<'a> {
+pub struct Procedure<'a> {
     pub name: &'a str,
     pub command: String,
     pub read_ahead_bytes: Option<u64>,
     /// Takes one sample; the argument is the number of the round.
-    pub take: Box<dyn FnMut(u64) -> Result<Taken> + 'a>,
+    pub take: Box<dyn FnMut(u64) -> Result<Measurement> + 'a>,
 }
 
 /// Name and description of a row.
@@ -59,7 +59,7 @@ pub struct Title<'a> {
 }
 
 /// Measures all subjects in each round, each time beginning with another one.
-pub fn measure(title: Title, rounds: u64, subjects: &mut [Measured]) -> Result<Row> {
+pub fn measure(title: Title, rounds: u64, subjects: &mut [Procedure]) -> Result<Row> {
     let mut results: Vec<Subject> = subjects
         .iter()
         .map(|subject| Subject {
@@ -74,9 +74,9 @@ pub fn measure(title: Title, rounds: u64, subjects: &mut [Measured]) -> Result<R
         let mut checksum: Option<u64> = None;
         subjects.rotate_left(1.min(count));
         for subject in &mut *subjects {
-            let mut taken =
+            let mut measurement =
                 (subject.take)(round).map_err(|e| e.context(format!("{}, {}", title.name, subject.name)))?;
-            if let Some(own) = taken.checksum
+            if let Some(own) = measurement.checksum
                 && *checksum.get_or_insert(own) != own
             {
                 let text = format!(
@@ -85,8 +85,8 @@ pub fn measure(title: Title, rounds: u64, subjects: &mut [Measured]) -> Result<R
                 );
                 return Err(Error::damage(text));
             }
-            taken.sample.insert("round".to_owned(), round.into());
-            let seconds = taken.sample.get("seconds").and_then(Number::as_f64);
+            measurement.sample.insert("round".to_owned(), round.into());
+            let seconds = measurement.sample.get("seconds").and_then(Number::as_f64);
             eprintln!(
                 "{:<18}{round:>3}  {:<20}{}",
                 title.name,
@@ -94,7 +94,7 @@ pub fn measure(title: Title, rounds: u64, subjects: &mut [Measured]) -> Result<R
                 seconds.map_or_else(String::new, |seconds| format!("{seconds:>10.4} s"))
             );
             if let Some(result) = results.iter_mut().find(|result| result.name == subject.name) {
-                result.samples.push(taken.sample);
+                result.samples.push(measurement.sample);
             }
         }
     }
@@ -126,16 +126,16 @@ impl Counters {
 
     /// Adds processor time and bytes read since then, of the whole host: kernel threads that decode for a process are
     /// not in its own figures.
-    pub fn add_to(&self, taken: Taken, site: &Site) -> Result<Taken> {
+    pub fn add_to(&self, measurement: Measurement, site: &Site) -> Result<Measurement> {
         let processor = processor_seconds()? - self.processor_seconds;
         let read = read_bytes(site.device()?)?.saturating_sub(self.read_bytes);
-        Ok(taken.with("cpu_seconds", processor).count("read_bytes", read))
+        Ok(measurement.with("cpu_seconds", processor).count("read_bytes", read))
     }
 
     /// Returns the same with the time since the beginning as `seconds`.
-    pub fn finish(&self, site: &Site) -> Result<Taken> {
+    pub fn finish(&self, site: &Site) -> Result<Measurement> {
         let seconds = self.began.elapsed().as_secs_f64();
-        self.add_to(Taken::seconds(seconds), site)
+        self.add_to(Measurement::seconds(seconds), site)
     }
 }
 
@@ -191,12 +191,12 @@ fn claim(site: &Site, bytes: u64) -> Result<()> {
 }
 
 /// Touches pages of a file: the arguments of `touch.c` after the path. `mount` serves the file and counts READs.
-pub fn touch(site: &Site, file: &Path, words: &[&str], mount: Option<&Mount>) -> Result<Taken> {
+pub fn touch(site: &Site, file: &Path, words: &[&str], mount: Option<&Mount>) -> Result<Measurement> {
     touch_after(site, file, words, mount, || Ok(()))
 }
 
 /// Touches pages after the caches of the kernel and the server's cache of decoded blocks were emptied.
-pub fn touch_cold(site: &Site, file: &Path, words: &[&str], mount: Option<&Mount>) -> Result<Taken> {
+pub fn touch_cold(site: &Site, file: &Path, words: &[&str], mount: Option<&Mount>) -> Result<Measurement> {
     if let Some(mount) = mount.filter(|mount| mount.serve == "decode") {
         mount.restart()?;
     }
@@ -210,28 +210,28 @@ fn touch_after(
     words: &[&str],
     mount: Option<&Mount>,
     prepare: impl FnOnce() -> Result<()>,
-) -> Result<Taken> {
+) -> Result<Measurement> {
     let reads = mount.map(Mount::reads).transpose()?;
     prepare()?;
     let before = Counters::now(site)?;
     let found = json_of(Command::new(&site.touch).arg(file).args(words))?;
-    let mut taken = before.add_to(Taken::default(), site)?;
+    let mut measurement = before.add_to(Measurement::default(), site)?;
     if let (Some(mount), Some(reads)) = (mount, reads) {
-        taken = taken.count("reads", mount.reads()?.saturating_sub(reads));
+        measurement = measurement.count("reads", mount.reads()?.saturating_sub(reads));
     }
     let count = |name: &str| {
         found[name].as_u64().ok_or_else(|| Error::failed(format!("touch has printed no '{name}': {found}")))
     };
-    taken = taken.count("touched_bytes", count("pages")? * 4096);
-    taken.checksum = Some(count("checksum")?);
+    measurement = measurement.count("touched_bytes", count("pages")? * 4096);
+    measurement.checksum = Some(count("checksum")?);
     for (name, value) in found.as_object().into_iter().flatten() {
         if let Value::Number(number) = value
             && !["pages", "checksum", "minor_faults", "written_pages"].contains(&name.as_str())
         {
-            taken.sample.insert(name.clone(), number.clone());
+            measurement.sample.insert(name.clone(), number.clone());
         }
     }
-    Ok(taken)
+    Ok(measurement)
 }
 
 #[cfg(test)]
@@ -245,13 +245,13 @@ mod tests {
     #[test]
     fn each_round_begins_with_another_subject() {
         let order = RefCell::new(String::new());
-        let subject = |name: &'static str| Measured {
+        let subject = |name: &'static str| Procedure {
             name,
             command: String::new(),
             read_ahead_bytes: None,
             take: Box::new(|round| {
                 order.borrow_mut().push_str(name);
-                Ok(Taken::seconds(stencilfs::units::approximate(round)))
+                Ok(Measurement::seconds(stencilfs::units::approximate(round)))
             }),
         };
         let row = measure(TITLE, 3, &mut ["a", "b", "c"].map(subject)).unwrap();
@@ -264,13 +264,13 @@ mod tests {
 
     #[test]
     fn other_bytes_than_those_of_another_subject_end_the_run() {
-        let subject = |(name, wrong): (&'static str, u64)| Measured {
+        let subject = |(name, wrong): (&'static str, u64)| Procedure {
             name,
             command: String::new(),
             read_ahead_bytes: None,
             take: Box::new(move |round| {
                 let checksum = Some(if round == wrong { 0 } else { round });
-                Ok(Taken { checksum, ..Taken::default() })
+                Ok(Measurement { checksum, ..Measurement::default() })
             }),
         };
         measure(TITLE, 3, &mut [("a", 9), ("b", 9)].map(subject)).unwrap();

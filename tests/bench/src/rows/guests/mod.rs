@@ -15,15 +15,19 @@ use stencilfs::error::{Error, Result};
 use stencilfs::progress::Silent;
 use stencilfs::store::{DEFAULT_SET, TemplateFile, WorkingSet};
 
-use super::reads::Way;
+use super::reads::Source;
 use crate::model::Input;
-use crate::run::sampling::{Counters, Measured, Taken, Title, drop_caches, touch};
+use crate::run::sampling::{Counters, Measurement, Procedure, Title, drop_caches, touch};
 use crate::run::site::{Mount, Site, Store, run};
 use crate::run::{Context, interrupt};
 use crate::statistics::percentile;
 
 /// Numbers of guests that are resumed at once.
-const COUNTS: [u64; 3] = [1, 8, 64];
+const COUNTS: [u64; 3] = [1, 8, LARGEST];
+const LARGEST: u64 = 64;
+
+/// Number of rounds of rows with fewer guests: their times are short and differ by a tenth between rounds.
+const ROUNDS: u64 = 15;
 
 /// A directory in memory.
 const TMPFS: &str = "/dev/shm";
@@ -90,12 +94,12 @@ fn rows(context: &Context, store: &Store, raw: &Path, names: &[String; 3], kind:
         tempfile::tempdir_in(TMPFS).map_err(|e| Error::io("cannot create a directory in", TMPFS, e))?;
     let (from, to) = (raw.join("memory"), memory.path().join("memory"));
     std::fs::copy(&from, &to).map_err(|e| Error::io("cannot write", &to, e))?;
-    let tmpfs = Way::plain("tmpfs", to)?;
-    let ways = [
-        Way::served(context, &kernel, "guest")?,
-        Way::served(context, &passthrough, "guest")?,
-        Way::served(context, &decode, "guest")?,
-        Way::plain("ext4", raw.join("memory"))?,
+    let tmpfs = Source::plain("tmpfs", to)?;
+    let sources = [
+        Source::served(context, &kernel, "guest")?,
+        Source::served(context, &passthrough, "guest")?,
+        Source::served(context, &decode, "guest")?,
+        Source::plain("ext4", raw.join("memory"))?,
     ];
     let sets = record(context, store, &digest, kind, &decode)?;
     for (count, name) in COUNTS.iter().zip(names) {
@@ -112,24 +116,24 @@ fn rows(context: &Context, store: &Store, raw: &Path, names: &[String; 3], kind:
             input: kind.name(),
             caches: "cold; -warmed, ext4-warm and tmpfs: warm",
         };
-        let [kernel, passthrough, _, ext4] = &ways;
-        let cold = ways.iter().map(|way| (way.name, way, Before::Nothing));
+        let [kernel, passthrough, _, ext4] = &sources;
+        let cold = sources.iter().map(|source| (source.name, source, Preparation::Nothing));
         let warm = [
-            ("kernel-warmed", kernel, Before::Warm(&sets)),
-            ("passthrough-warmed", passthrough, Before::Warm(&sets)),
-            ("ext4-warm", ext4, Before::ReadAll),
-            ("tmpfs", &tmpfs, Before::Nothing),
+            ("kernel-warmed", kernel, Preparation::Warm(&sets)),
+            ("passthrough-warmed", passthrough, Preparation::Warm(&sets)),
+            ("ext4-warm", ext4, Preparation::ReadAll),
+            ("tmpfs", &tmpfs, Preparation::Nothing),
         ];
-        let resumed = |(name, way, before)| resumed(context, kind, (name, way), *count, before);
+        let resumed = |(name, source, before)| resumed(context, kind, (name, source), *count, before);
         let subjects = cold.chain(warm).map(resumed).collect();
-        context.row(title, subjects)?;
+        context.row_in_rounds(title, subjects, (*count < LARGEST).then_some(ROUNDS))?;
     }
     Ok(())
 }
 
 /// The memory to read after the caches were dropped, before the guests are resumed.
 #[derive(Clone, Copy)]
-enum Before<'a> {
+enum Preparation<'a> {
     Nothing,
     /// The working set.
     Warm(&'a (Vec<TemplateFile>, WorkingSet)),
@@ -137,15 +141,15 @@ enum Before<'a> {
     ReadAll,
 }
 
-impl Before<'_> {
+impl Preparation<'_> {
     fn read(self, memory: &Path) -> Result<()> {
         match self {
-            Before::Nothing => Ok(()),
-            Before::Warm((files, set)) => {
+            Preparation::Nothing => Ok(()),
+            Preparation::Warm((files, set)) => {
                 let dir = memory.parent().unwrap_or(memory);
                 warm(dir, files, set, &AtomicBool::new(false), &Silent).map(drop)
             }
-            Before::ReadAll => {
+            Preparation::ReadAll => {
                 let mut file = File::open(memory).map_err(|e| Error::io("cannot read", memory, e))?;
                 let copied = io::copy(&mut file, &mut io::sink());
                 copied.map(drop).map_err(|e| Error::io("cannot read", memory, e))
@@ -179,39 +183,40 @@ fn record(
 fn resumed<'a>(
     context: &'a Context,
     kind: &'a impl Kind,
-    (name, way): (&'a str, &'a Way),
+    (name, source): (&'a str, &'a Source),
     count: u64,
-    before: Before<'a>,
-) -> Measured<'a> {
+    before: Preparation<'a>,
+) -> Procedure<'a> {
     let site = context.site;
     // The directory in memory has a random name.
-    let file = if way.file.starts_with(TMPFS) { Path::new(TMPFS).join("memory") } else { way.file.clone() };
+    let file =
+        if source.file.starts_with(TMPFS) { Path::new(TMPFS).join("memory") } else { source.file.clone() };
     let command = kind.command().replace("{memory}", &file.to_string_lossy());
-    Measured {
+    Procedure {
         name,
         command: site.shown(&command),
-        read_ahead_bytes: way.read_ahead_bytes,
+        read_ahead_bytes: source.read_ahead_bytes,
         take: Box::new(move |_| {
-            if let Some(mount) = way.mount.filter(|mount| mount.serve == "decode") {
+            if let Some(mount) = source.mount.filter(|mount| mount.serve == "decode") {
                 mount.restart()?;
             }
-            let reads = way.mount.map(Mount::reads).transpose()?;
+            let reads = source.mount.map(Mount::reads).transpose()?;
             let dirs: Vec<PathBuf> =
                 (0..count).map(|index| site.create_dir(&format!("vm{index}"))).collect::<Result<_>>()?;
             drop_caches(site, 3 * context.dense_bytes)?;
-            before.read(&way.file)?;
+            before.read(&source.file)?;
             let before = Counters::now(site)?;
-            let result = resume_all(kind, &way.file, &dirs);
+            let result = resume_all(kind, &source.file, &dirs);
             for dir in &dirs {
                 std::fs::remove_dir_all(dir).map_err(|e| Error::io("cannot remove", dir, e))?;
             }
             let seconds = result?;
             let at = |share| percentile(&seconds, share).unwrap_or(f64::NAN);
-            let mut taken = before.add_to(Taken::seconds(at(1.0)), site)?;
-            if let (Some(mount), Some(reads)) = (way.mount, reads) {
-                taken = taken.count("reads", mount.reads()?.saturating_sub(reads));
+            let mut measurement = before.add_to(Measurement::seconds(at(1.0)), site)?;
+            if let (Some(mount), Some(reads)) = (source.mount, reads) {
+                measurement = measurement.count("reads", mount.reads()?.saturating_sub(reads));
             }
-            Ok(taken.with("p50_seconds", at(0.5)).with("p95_seconds", at(0.95)))
+            Ok(measurement.with("p50_seconds", at(0.5)).with("p95_seconds", at(0.95)))
         }),
     }
 }

@@ -120,7 +120,7 @@ fn parse(text: &[u8]) -> Result<Snapshot> {
     struct Version {
         control_version: u32,
     }
-    let hint = "keep the old program, or unmount and mount again with the new one";
+    let hint = "keep the old program, or unmount and mount again with the new program";
     let fail = |e| Error::failed(format!("cannot parse the previous supervisor's state: {e}")).hint(hint);
     let Version { control_version } = serde_json::from_slice(text).map_err(fail)?;
     if control_version != CONTROL_VERSION {

@@ -42,8 +42,8 @@ impl End {
 }
 
 impl Link {
-    /// Creates a link over `socket`. A server that does not serve yet needs a `timeout`: if its supervisor dies, no
-    /// other supervisor may find the server.
+    /// Creates a link over `socket`. A server that does not serve yet needs a `timeout`: if its supervisor dies,
+    /// possibly no other supervisor finds the server.
     pub fn new(socket: OwnedFd, kernel: Option<OwnedFd>, timeout: Option<Duration>) -> Link {
         Link(Mutex::new(End { channel: Channel::new(socket), kernel, last_number: 0, timeout }))
     }

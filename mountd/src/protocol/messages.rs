@@ -41,9 +41,9 @@ pub enum ServerRequest {
     },
     /// Reports that the server answers the kernel from now on. The reply is `Done`.
     Serving,
-    /// Reserves space in the cache and creates the file of a backing, at its full length and without data. The reply is [`ServerReply::Created`] with
-    /// the file, [`ServerReply::Evict`], or [`ServerReply::Registered`] with the file if the backing is already
-    /// registered.
+    /// Reserves space in the cache and creates the file of a backing, at its full length and without data. The reply is
+    /// [`ServerReply::Created`] with the file, [`ServerReply::Evict`], or [`ServerReply::Registered`] with the file if
+    /// the backing is already registered.
     Reserve {
         /// The file that the backing is for.
         key: FileKey,
@@ -73,8 +73,9 @@ pub enum ServerRequest {
         /// With kernel decode, when the file was verified, in seconds since 1970.
         verified_at: Option<u64>,
     },
-    /// Reports the result of a scrub of a registered backing. The reply is `Done`, for damage after the store has forgotten
-    /// the verification. After a report of damage the server answers no more opens with the backing.
+    /// Reports the result of a scrub of a registered backing. The reply is `Done`. In case of damage the reply follows
+    /// when the store has forgotten the verification. After a report of damage the server answers no more opens with
+    /// the backing.
     Scrubbed {
         /// The file.
         key: FileKey,
@@ -110,8 +111,8 @@ pub enum ServerRequest {
         grace_ms: u64,
     },
     /// Stops the process of a thread that needs a damaged block, as the mount's options demand. The server sends this
-    /// before it answers the READ, and answers after the reply, which is `Done` whether the process was signalled or
-    /// not.
+    /// request before it answers the READ, and waits for the reply. The reply is `Done` whether the process was
+    /// signalled or not.
     StopReader {
         /// The thread that requested the READ.
         thread: u32,
@@ -140,8 +141,8 @@ pub enum ServerReply {
     Refused(Failure),
     /// The descriptor of the message is the file of a backing: at its full length, without data.
     Created,
-    /// The backing is immutable. The descriptor of the message is the file to verify: the file of the backing or, if the
-    /// server has filled it with an image for kernel decode, the file that the kernel decodes.
+    /// The backing is immutable. The descriptor of the message is the file to verify: the file of the backing or, if
+    /// the server has filled it with an image for kernel decode, the file that the kernel decodes.
     Frozen {
         /// When the file was verified before, in seconds since 1970, if nothing has changed since.
         verified_at: Option<u64>,

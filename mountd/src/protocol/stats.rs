@@ -51,7 +51,7 @@ counters! {
 /// An operation whose duration is recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Timed {
-    /// READ requests. A page that a backing serves causes none.
+    /// READ requests. A page that a backing serves causes no READ.
     Read,
     /// OPEN requests, which may wait for a hydration.
     Open,

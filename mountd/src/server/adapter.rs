@@ -92,7 +92,7 @@ impl Filesystem for Adapter {
         ] {
             let _ = config.add_capabilities(flag);
         }
-        // One level: the kernel rejects a backing on a file system that is itself stacked (overlayfs).
+        // One level of stacking: the kernel rejects a backing on a file system that is itself stacked (overlayfs).
         let _ = config.set_max_stack_depth(1);
         let _ = config.set_max_write(u32::try_from(MAX_READ).unwrap_or(u32::MAX));
         let _ = config.set_max_background(MAX_BACKGROUND);

@@ -4,7 +4,8 @@
 //!   supervisor writes ledger, increments ring ─▶ watcher publishes the new list ─▶ replies based on the old list are sent
 //!   ─▶ waiting opens are refused, backings in progress are abandoned ─▶ watcher reports to the supervisor
 //! ```
-//! The supervisor relies on the new list only after the report: if a server dies before, the removal only takes longer.
+//! The supervisor relies on the new list only after the report: if a server dies before the report, the removal only
+//! takes longer.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -88,7 +89,7 @@ impl Watcher {
         if let Err(error) = self.link.request_done(&ServerRequest::Condemned { ring, grace_ms }) {
             log::error!("cannot report the list of condemned templates as applied: {error}");
         }
-        // After the report, which the caller of a removal waits for.
+        // The backings are evicted after the report, because the caller of a removal waits for the report.
         self.backings.evict_vanished(&self.store);
         self.backings.renew(&self.tree, &self.store);
     }

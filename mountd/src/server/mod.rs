@@ -66,8 +66,7 @@ const MAX_THREADS: usize = 16;
 const CANDIDATE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longest wait of the only server of a mount for a reply during startup. Long enough for the takeover by another
-/// supervisor; limited because a mount without a record is never taken over, and its clones would block for ever
-/// instead of ending.
+/// supervisor; limited because a mount without a record is never taken over, and its clones would never end.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The descriptors of a server. All stay open, including unused ones: after the death of the supervisor, a supervisor
@@ -121,7 +120,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Serves the connection; `confine` enters the sandbox for the store at a path, and returns what the kernel lacks.
+/// Serves the connection; `confine` enters the sandbox for the store at a path, and returns the parts of the sandbox
+/// that the kernel lacks.
 fn serve(
     inherited: &Inherited,
     threads: usize,
@@ -130,7 +130,8 @@ fn serve(
     let Inherited { fuse, link, counters, ledger, .. } = inherited;
     let page = SharedCounters::map(fds::copy(counters)?);
     let stats = Stats::new(page.map_err(|e| Error::failed("cannot map the counters page").because(e))?);
-    // Read before the list of condemned templates: each later change of the list increases the count of rings.
+    // The ring is read before the list of condemned templates: each later change of the list increases the count of
+    // rings.
     let rings = stats.page().rings();
     let (_, snapshot) = ledger::read(fds::copy(ledger)?)?;
     let Snapshot { init, reply, options, chosen, backings, condemned, .. } = snapshot;

@@ -14,8 +14,8 @@ use stencilfs::sys::process::procfs;
 
 use super::orphan_probe;
 
-/// Longest wait for a mount without a server: its supervisor may be starting one, or a child of a dead supervisor may
-/// still hold the lock on the record.
+/// Longest wait for a mount without a server: its supervisor may be starting a server, or a child of a dead supervisor
+/// may still hold the lock on the record.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Returns the canonical path of a directory that can be mounted on: empty, and not a mountpoint yet. Unmounts a dead

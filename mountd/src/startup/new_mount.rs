@@ -32,7 +32,7 @@ pub fn prepare(mut options: MountOptions) -> Result<AcquiredMount> {
     let fail = |what: &'static str| move |e| Error::failed(what).because(e);
     let fuse = device::open()?;
     options.mountpoint = place::canonical(&options.mountpoint)?;
-    // Before the lock, which creates the runtime directory.
+    // The places are checked before the lock, because the lock creates the runtime directory.
     places::check(&mut options)?;
     let _lock = MountLock::acquire()?;
     options.mountpoint = place::mountpoint(&options.mountpoint)?;
@@ -79,16 +79,16 @@ pub fn prepare(mut options: MountOptions) -> Result<AcquiredMount> {
             rings: stats.page().rings(),
         };
         let resources = Resources { fuse, stats, record, listener, ledger };
-        // Before the lock is released: the next startup must find the record.
+        // The record is written before the lock is released: the next startup must find the record.
         resources.write_record(&initial_state.mount, None, &initial_state.program)?;
         Ok(AcquiredMount { initial_state, resources, link: None, drains: false })
     };
     start().inspect_err(|_| unmount(&mountpoint, device))
 }
 
-/// Returns true if the connection's mount is the topmost mount at the mountpoint, for use when the mount table does not
-/// show it. Uses the kernel's cached attributes, without a request to the mount. On kernels that do not report the
-/// device of a connection, assumes that the mount is there, since this process has just made it.
+/// Returns true if the connection's mount is the topmost mount at the mountpoint. Called if the mount table does not
+/// show the mount. Uses the kernel's cached attributes, without a request to the mount. On kernels that do not report
+/// the device of a connection, assumes that the mount is there, since this process has just made it.
 fn is_there(fuse: &OwnedFd, mountpoint: &Path) -> bool {
     let Ok(Some(ours)) = device::connection_of(fuse) else { return true };
     let there = statx(CWD, mountpoint, AtFlags::STATX_DONT_SYNC, StatxFlags::INO);

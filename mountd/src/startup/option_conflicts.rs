@@ -11,8 +11,8 @@ use stencilfs::store::Store;
 const MAX_LINKS: usize = 40;
 
 /// Rejects a request for another store than the store of the existing mount, as the names of its templates would have
-/// other content. `store` and `id` are the path and the identity of the existing mount's store. That store may be away
-/// if the request names its path.
+/// other content. `store` and `id` are the path and the identity of the existing mount's store. If the request names
+/// that path, the existing mount's store may be away.
 ///
 /// # Errors
 /// Returns [`Code::InUse`](stencilfs::error::Code::InUse) for another store, and an error if the requested store cannot
@@ -30,7 +30,7 @@ pub fn same_store(requested: &MountOptions, store: &Path, id: &str) -> Result<()
     ))
     .at(&requested.mountpoint)
     .hint(format!(
-        "run 'stencil umount {mountpoint}', or 'stencil --store {} mount {mountpoint}' to take it over",
+        "run 'stencil umount {mountpoint}', or 'stencil --store {} mount {mountpoint}' to take over that mount",
         store.display()
     )))
 }

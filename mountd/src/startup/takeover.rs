@@ -127,7 +127,7 @@ impl Holder {
     /// Duplicates the descriptor with this name in the arguments of the process.
     ///
     /// # Errors
-    /// Returns an error if the process has no such descriptor, or the kernel does not permit to duplicate it.
+    /// Returns an error if the process has no such descriptor, or the kernel does not permit duplicating it.
     pub fn get(&self, name: &str) -> Result<OwnedFd> {
         let missing = || Error::failed(format!("process {} has no descriptor '{name}'", self.pid));
         let number = *self.names.get(name).ok_or_else(missing)?;

@@ -15,7 +15,8 @@ const PASSTHROUGH_FLAGS2: u32 = 1 << 5;
 /// Offset of `flags2` in an INIT request: a header of 40 bytes, then major, minor, max_readahead and flags.
 const FLAGS2_OFFSET: usize = 40 + 16;
 
-/// Chooses by the options of the mount, the kernel's INIT request `init`, and the features of the file systems.
+/// Chooses the location and the limit. The choice depends on the options of the mount, the kernel's INIT request
+/// `init`, and the features of the file systems.
 ///
 /// # Errors
 /// Returns an error if passthrough or a cache directory was requested explicitly and cannot be used.

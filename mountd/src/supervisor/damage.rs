@@ -12,7 +12,7 @@ use stencilfs::sys::process::holders::name_of;
 use stencilfs::sys::process::procfs::{self, Status};
 use stencilfs::sys::process::{ProcessId, Thread, times};
 
-/// Number of processes and READs that are not logged again.
+/// Largest number of processes and READs that are remembered, so that they are not logged again.
 const MAX_LOGGED: usize = 256;
 
 /// A READ: template, hash of the file's name, offset. A server may send long names.
@@ -24,7 +24,7 @@ pub struct DamagedReaders {
     on_damage: OnDamage,
     /// The processes and READs that were logged last: the kernel may repeat the READ for one access.
     logged: VecDeque<(ProcessId, Read)>,
-    /// The READ for which a thread without a signal was logged last.
+    /// The READ of the last logged thread that got no signal.
     spared: Option<Read>,
 }
 
@@ -34,9 +34,9 @@ impl DamagedReaders {
         DamagedReaders { on_damage, logged: VecDeque::new(), spared: None }
     }
 
-    /// Sends the signal of the mount's option to the process of a thread that needs a damaged block, and logs it. The
-    /// processes `own`, this one, threads of the kernel, and threads that started after the READ `arrived` (in time
-    /// since boot) get none. Does not block.
+    /// Sends the signal of the mount's option to the process of a thread that needs a damaged block, and logs the
+    /// signal. The processes `own`, this process, threads of the kernel, and threads that started after the READ
+    /// `arrived` (in time since boot) get no signal. Does not block.
     pub fn stop(&mut self, (thread, arrived): (u32, Duration), key: &FileKey, offset: u64, own: &[u32]) {
         let place = || format!("template {} file {} offset {offset}", key.digest, sanitize(&key.file));
         let read = (key.digest, Digest::of(key.file.as_bytes()), offset);
@@ -56,14 +56,15 @@ impl DamagedReaders {
                 }
                 let advice = match self.on_damage {
                     OnDamage::Stop => {
-                        "; end the process, do not continue the process: a guest can read zeros instead of the page"
+                        "; end the process and do not continue it with SIGCONT: a guest could read zeros \
+                         instead of the page"
                     }
                     _ => "",
                 };
                 log::error!(
                     template:% = key.digest, file = key.file;
-                    "{}: {done} process {} ({}), which needs this page, and the page cannot be read{advice}; \
-                     if the log reports damage, import the same memory again to repair the template",
+                    "{}: {done} process {} ({}), which needs this page: the page cannot be read{advice}; if the \
+                     log reports damage, import the same memory again to repair the template",
                     place(),
                     status.tgid,
                     sanitize(&status.name),
@@ -103,7 +104,8 @@ enum Target {
 }
 
 fn signal_process_of(tid: u32, arrived: Duration, signal: Signal, own: &[u32]) -> Result<Target> {
-    // Opened before its status is read: if the status were of a later thread with the same number, this one had ended.
+    // The thread is opened before its status is read. If the status is that of a later thread with the same number, the
+    // opened thread has ended, and the signal fails.
     let Some(thread) = Thread::of(tid)? else { return Ok(Target::Ended) };
     let Some(mut status) = procfs::status_of_thread(tid)? else { return Ok(Target::Ended) };
     if times::is_later_thread(tid, arrived)? {
@@ -112,7 +114,7 @@ fn signal_process_of(tid: u32, arrived: Duration, signal: Signal, own: &[u32]) -
     if status.is_kernel_thread || status.tgid == std::process::id() || own.contains(&status.tgid) {
         return Ok(Target::Spared(status));
     }
-    // Read before the signal: a killed process has no name.
+    // The name is read before the signal: a killed process has no name.
     status.name = name_of(status.tgid);
     let process = ProcessId::of(status.tgid).ok().flatten();
     Ok(if thread.signal(signal)? { Target::Signalled(status, process) } else { Target::Ended })
@@ -148,7 +150,7 @@ mod tests {
         let (reader, server) = (Sleeper::start(), Sleeper::start());
         let mut readers = DamagedReaders::new(OnDamage::Kill);
         let (pid, own, now) = (reader.0.id(), [server.0.id()], times::since_boot());
-        // This process would end with the test.
+        // A signal to this process would end the test.
         for thread in [std::process::id(), server.0.id(), u32::MAX >> 1, 0] {
             readers.stop((thread, now), &key, 5 << 16, &own);
             assert!(readers.logged.is_empty(), "thread {thread}");

@@ -2,7 +2,7 @@
 //!
 //! [`Machine::handle`](super::machine::Machine::handle) takes one event and returns actions, which the event loop
 //! executes in order. If the outcome of an action matters, the documentation of the action names the event that reports
-//! the outcome; unless the outcome is that of a job or an exit, the event is handled before any other.
+//! the outcome. This event is handled before any other, unless it reports the end of a job or the exit of a process.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -144,9 +144,9 @@ pub enum Task {
         /// Space that was reserved.
         reserved: Bytes,
     },
-    /// Remembers in the store when a file was verified for kernel decode; `None` to forget it.
+    /// Remembers in the store when a file was verified for kernel decode; `None` forgets the verification.
     Remember(FileKey, Option<(Proof, u64)>),
-    /// Finds the keys whose files no process uses by passthrough.
+    /// Finds the keys whose files no process uses through a backing.
     FindUnused(Vec<FileKey>),
     /// Unmounts.
     Unmount(UnmountMode),

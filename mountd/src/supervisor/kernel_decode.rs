@@ -20,8 +20,8 @@ pub struct Opened {
     pub verified_at: Option<u64>,
 }
 
-/// Seals the packs that an immutable image names, and opens the file that the kernel decodes out of them. A verification
-/// counts for the scrub interval of the mount.
+/// Seals the packs that an immutable image names, and opens the file that the kernel decodes out of them. A
+/// verification counts for the scrub interval of the mount.
 ///
 /// # Errors
 /// Returns [`Code::NotFound`](stencilfs::error::Code::NotFound) if a pack is gone, or an error if a pack cannot be

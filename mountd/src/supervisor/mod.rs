@@ -3,7 +3,8 @@
 //!
 //! The [`machine`] decides and makes no system call; the event loop in [`run`] waits for events, passes them to the
 //! machine and executes the actions that the machine returns. The other modules carry out the actions: server
-//! processes, jobs, callers of the control socket, signals, readers of damaged blocks, the service manager, the measurements of the watchdog.
+//! processes, jobs, callers of the control socket, signals, readers of damaged blocks, the service manager, the
+//! measurements of the watchdog.
 
 mod become_program;
 pub mod cache;

@@ -25,7 +25,8 @@ const MAX_QUEUED: usize = 8192;
 pub struct ServiceManager {
     socket: Option<(OwnedFd, SocketAddrUnix)>,
     queue: VecDeque<(String, Option<OwnedFd>)>,
-    /// Interval between keep-alive messages, a third of the manager's watchdog timeout; `None` if it requires none.
+    /// Interval between keep-alive messages, a third of the manager's watchdog timeout; `None` if the manager requires
+    /// no such messages.
     interval: Option<Duration>,
     last_ping: Instant,
     /// Ids of backings in the manager's descriptor store.
@@ -67,7 +68,7 @@ impl ServiceManager {
         self.send_text("READY=1\nSTATUS=serving");
     }
 
-    /// Stores those of the given backings with the manager that are not stored yet.
+    /// Stores with the manager those of the given backings that are not stored yet.
     pub fn store_backings<'a>(&mut self, backings: impl Iterator<Item = (u32, &'a OwnedFd)>) {
         for (id, file) in backings {
             if !self.stored.contains(&id) {

@@ -34,7 +34,7 @@ impl Signals {
         let install = || -> std::io::Result<OwnedFd> {
             let (ours, theirs) = UnixStream::pair()?;
             ours.set_nonblocking(true)?;
-            // Before the pipe: the flag is set before a byte can be read.
+            // These handlers come before the pipe, so that the flag is set before a byte can be read.
             for signal in aborting {
                 flag::register(*signal, Arc::clone(&may_abort))?;
             }

@@ -12,7 +12,7 @@ use super::{Backings, State, key};
 use crate::protocol::{FileKey, MAX_KEYS};
 use crate::server::tree::Tree;
 
-/// Interval for looking whether a backing is being made, before the next one is begun.
+/// Interval between two checks whether another backing is still being made.
 const IDLE_INTERVAL: Duration = Duration::from_millis(5);
 
 impl Backings {
@@ -53,8 +53,8 @@ impl Backings {
         }
     }
 
-    /// Replaces unused backings that decode packs which a collection has removed: a removed pack keeps its disk space while
-    /// a backing uses the pack. Backings in use stay.
+    /// Replaces unused backings that decode packs which a collection has removed: a removed pack keeps its disk space
+    /// while a backing uses the pack. Backings in use stay.
     pub fn renew(self: &Arc<Self>, tree: &Arc<Tree>, store: &Store) {
         if self.mode != ServeMode::Kernel || store.check_reachable().is_err() {
             return;
@@ -64,7 +64,7 @@ impl Backings {
             _ => None,
         };
         let ready: Vec<_> = self.states().iter().filter_map(ready).collect();
-        // The packs are not known of a backing that an earlier server has made.
+        // The packs of a backing that an earlier server has made are unknown.
         let is_outdated = |packs: &Option<Vec<StorePath>>| {
             packs.as_ref().is_none_or(|packs| packs.iter().any(|pack| !pack.exists()))
         };

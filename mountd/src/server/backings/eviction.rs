@@ -1,4 +1,4 @@
-//! Backings that are closed while the mount lives: of condemned and of removed templates, and to make space.
+//! Closes backings while the mount lives: those of condemned and removed templates, and those whose space is needed.
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -34,7 +34,7 @@ const MAX_THREADS: usize = 16;
 /// Interval of progress reports to the supervisor, in bytes.
 const PROGRESS_INTERVAL: u64 = 64 << 20;
 
-/// The hint for a block that the store has intact, but not the backing.
+/// The hint for a block that is intact in the store and wrong in the backing.
 const INTACT: &str = "the records in the store are intact: mount again; if the error occurs again, use another value of --serve";
 
 /// A registered backing.
@@ -114,8 +114,8 @@ impl Hydrator {
         &self.link
     }
 
-    /// Makes the file of a backing, up to the step before its verification. `evict` must stop serving the given backings
-    /// and close those that no process uses.
+    /// Makes the file of a backing, up to the step before its verification. `evict` must stop serving the given
+    /// backings and close those that no process uses.
     ///
     /// # Errors
     /// Returns [`Code::TryAgain`] if the backing does not fit into the cache, [`Code::Damage`] if the store is damaged,
@@ -259,7 +259,8 @@ impl Hydrator {
     }
 
     /// Compares each block of a frozen backing with its hash, and checks that all pieces without data are holes. For
-    /// kernel decode these are the bytes that the kernel decodes, so that its decoders are verified too.
+    /// kernel decode, the compared bytes are those that the kernel decodes, so that the decoders of the kernel are
+    /// verified too.
     ///
     /// # Errors
     /// Returns [`Code::Damage`] if a block differs from its hash, or if there is data in a hole.
@@ -317,8 +318,8 @@ impl Hydrator {
         Ok(())
     }
 
-    /// Returns the error for a piece that cannot be read. Either a record cannot be decoded, which a read by decode names,
-    /// or the disk has failed.
+    /// Returns the error for a piece that cannot be read. If a record of the store is damaged, the error names the
+    /// record. Otherwise the kernel cannot decode an intact record, or the disk has failed.
     fn unreadable(
         &self,
         template: &Template,
@@ -335,7 +336,7 @@ impl Hydrator {
         if let Some(damage) = self.find_damage(template, file, blocks.clone()) {
             return damage;
         }
-        // The records that the store has now are intact: the backing decodes others, or the kernel has a bug.
+        // The records that the store has now are intact: the backing decodes other records, or the kernel has a bug.
         let mut block = vec![0; to_usize(BLOCK_SIZE)];
         let cannot_decode = |number: &u64| {
             let start = number * BLOCK_SIZE;
@@ -362,8 +363,8 @@ impl Hydrator {
         blocks.into_iter().find_map(&mut damage)
     }
 
-    /// Returns the error for a block of a backing that differs from its hash. For kernel decode the cause is the store:
-    /// the error of a read by decode names the pack and the offset.
+    /// Returns the error for a block of a backing that differs from its hash. For kernel decode, the error names the
+    /// damaged record of the store, with its pack and offset, if there is one.
     fn mismatch(&self, template: &Template, file: usize, block: u64) -> Error {
         let offset = block * BLOCK_SIZE;
         match self.kind {

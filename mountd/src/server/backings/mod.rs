@@ -4,8 +4,8 @@
 //! that finds no backing in time is answered with ESTALE: the kernel then repeats the lookup, gets the decode number
 //! and opens that. The process that opens the file sees no error.
 //!
-//! With kernel decode, an open waits until the server knows whether the file was verified before. A file that was not is
-//! served by decode until its blocks are verified.
+//! With kernel decode, an open waits until the server knows whether the file was verified before. A file that was not
+//! verified before is served by decode until its blocks are verified.
 
 mod background;
 mod eviction;
@@ -95,7 +95,7 @@ pub struct Backings {
     to_verify: Condvar,
     /// Held by the thread that makes backings in the background.
     background: Mutex<()>,
-    /// True if the background has to look for templates again.
+    /// True if the thread that makes backings in the background has to look for templates again.
     again: AtomicBool,
     deadlines: Condvar,
     /// True after an open found all parking slots taken, until the next hydration ends.
@@ -260,7 +260,8 @@ impl Backings {
         let FileKey { digest, file } = &job.key;
         log::info!(template:% = digest, file; "hydrating template {digest} file {file}");
         let start = Instant::now();
-        // Before the state is read: a deadline that passes later then reports its reason later too.
+        // The old reason is cleared before the state is read. A deadline that passes in between reports its reason
+        // later, so that reason stays.
         self.report_reason(&job.key, None);
         if matches!(self.states().get(&job.key), Some(State::Filling { late: true, .. })) {
             self.report_reason(&job.key, Some(self.late_reason()));
@@ -269,7 +270,8 @@ impl Backings {
         match prepared {
             Ok(prepared @ Prepared::Frozen { verified_at: None, .. }) if self.mode == ServeMode::Kernel => {
                 self.serve_by_decode(&job.key);
-                // In another thread: opens of files that were verified before must not wait for the verification.
+                // The verification runs in another thread: opens of files that were verified before must not wait for
+                // it.
                 self.verifications().push((job, prepared, start));
                 self.to_verify.notify_one();
             }
@@ -282,7 +284,7 @@ impl Backings {
         self.verifications.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Verifies and registers the backings of the queue, one after the other, for ever.
+    /// Verifies and registers the backings of the queue, one after the other. Never returns.
     fn verify_all(&self) {
         loop {
             let next = self.to_verify.wait_while(self.verifications(), |all| all.is_empty());
@@ -383,8 +385,8 @@ impl Backings {
         let level = if self.mode == ServeMode::Kernel { Level::Info } else { Level::Warn };
         log::log!(level, template:% = key.digest, file = key.file; "template {} file {} is served by decode: {why}", key.digest, key.file);
         self.report_reason(key, Some(why));
-        // After the report: if this server dies, its successor reads the reason from the ledger and answers the next
-        // lookup with the decode number.
+        // The opens are answered after the report: if this server dies, its successor reads the reason from the ledger
+        // and answers the next lookup with the decode number.
         refused.into_iter().for_each(|opening| opening.reply(Err(Refusal::Stale)));
     }
 
@@ -431,7 +433,7 @@ fn is_temporary(error: &Error) -> bool {
 /// Returns the refusal of an open in passthrough mode, where decode is not allowed.
 fn open_refusal(error: &Error) -> Refusal {
     match (error.code(), error.errno()) {
-        // With an errno: the store is away. Without: the backing does not fit.
+        // An error with an errno means that the store is away, an error without one that the backing does not fit.
         (Code::TryAgain, Some(_)) => Refusal::Away,
         (Code::TryAgain, None) | (_, Some(libc::ENOSPC | libc::EDQUOT)) => Refusal::NoSpace,
         (Code::Damage, _) => Refusal::Damaged,

@@ -1,9 +1,9 @@
 //! The scrub of kernel decode: the blocks of each file are verified again some time after their verification, because
-//! the kernel does not compare what it decodes.
+//! the kernel does not compare the bytes that it decodes.
 //!
-//! The scrub reads the file that the kernel decodes, after dropping the pages that no process maps. The scrub so verifies
-//! the packs of the backing, which a collection may have removed from the store, and the pages that clones map. A damaged
-//! file is served by decode from then on.
+//! The scrub reads the file that the kernel decodes, after dropping the pages that no process maps. The scrub thus
+//! verifies the packs of the backing, even those that a collection has removed from the store, and the pages that
+//! clones map. A damaged file is served by decode from then on.
 
 use std::sync::Arc;
 use std::thread;
@@ -25,7 +25,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 /// Shortest interval of the scrub.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Length of the pause after each piece, relative to the time that the piece took: other readers of the disk come first.
+/// Length of the pause after each piece, relative to the time that the piece took: other readers of the disk come
+/// first.
 const PAUSE_FACTOR: u32 = 4;
 
 /// Interval and number of attempts to report a result to the supervisor.
@@ -33,8 +34,8 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 const REPORT_ATTEMPTS: u32 = 60;
 
 impl Backings {
-    /// Starts the scrub in a thread. Each file is verified when its last verification is older than `interval`; never, if
-    /// `interval` is zero.
+    /// Starts the scrub in a thread. Each file is verified when its last verification is older than `interval`; never,
+    /// if `interval` is zero.
     pub fn scrub(self: &Arc<Self>, tree: &Arc<Tree>, interval: Duration) {
         if self.hydrator.kind() != BackingKind::Kernel || interval.is_zero() {
             return;

@@ -17,8 +17,9 @@ impl Backings {
         self.mode != ServeMode::Kernel
     }
 
-    /// Returns true unless the file is empty, or would lose direct reads (`O_DIRECT`): the kernel refuses them for files
-    /// that it decodes. VMMs read disks directly, but map memory.
+    /// Returns true if the file may have a backing. An empty file needs none. A blob gets none with kernel decode: it
+    /// may be a disk, which VMMs read directly (`O_DIRECT`), and the kernel refuses direct reads of files that it
+    /// decodes.
     pub(super) fn may_have_backing(&self, template: &Template, file: usize) -> bool {
         let needs_direct_reads = |kind| !self.allow_direct_reads() && kind == FileKind::Blob;
         template.files().get(file).is_some_and(|f| f.size > Bytes::ZERO && !needs_direct_reads(f.kind))

@@ -101,7 +101,8 @@ fn an_open_that_times_out_is_served_by_decode_until_the_backing_is_ready() {
     assert_eq!(decoded.ttl, Duration::ZERO, "the name must be looked up again later");
     assert_eq!(reply(&world.open(decoded.attributes.ino)), Ok(Opened::Decode));
     assert_eq!(reply(&world.open(passthrough)), Err(Refusal::Stale));
-    // The deadline may pass while the gate holds the link: then the reason is reported, and the open is answered, later.
+    // If the deadline passes while the gate holds the link, the reason is reported later, and the open is answered
+    // later.
     gate.open();
     assert_eq!(reply(&late), Err(Refusal::Stale));
     let reasons = world.supervisor.count(

@@ -7,7 +7,8 @@ use super::*;
 use crate::server::refusal::Refusal;
 use crate::server::testing::{Setup, World, reply, snapshot, wait_for};
 
-/// Returns a world whose supervisor records each report, the ledger, and the kernel's end of the watcher's connection.
+/// Returns three values: a world whose supervisor records each report; the ledger; the kernel's end of the watcher's
+/// connection.
 fn watched() -> (World, Arc<Mutex<ledger::Ledger>>, OwnedFd) {
     let world = World::with(Setup::new(ServeMode::Auto));
     let ledger = ledger::Ledger::create().unwrap();

@@ -77,9 +77,9 @@ impl DamagedReads {
         Ok(Some(DamagedReads { link, queue }))
     }
 
-    /// Returns true if the process of this READ is stopped. After a failed readahead the kernel reads each page alone
-    /// that a process needs. A longer READ is a readahead, whose process may need another page of the range, or a direct
-    /// read, whose process sees the EIO.
+    /// Returns true if the process of this READ is stopped. After a failed readahead the kernel sends a separate READ
+    /// for each page that a process needs. A longer READ is a readahead, whose process may need another page of the
+    /// range, or a direct read, whose process sees the EIO.
     pub fn includes(request: &RequestInfo) -> bool {
         request.thread != 0 && u64::from(request.size) <= PAGE_SIZE
     }

@@ -58,7 +58,7 @@ impl Reader {
             return Some((flight, reply));
         }
         refusal.counter().into_iter().for_each(|counter| self.stats.count(counter));
-        // Failed: any other failure, for example of the disk. The process would get the same EIO.
+        // `Failed` is any other failure, for example of the disk. The process would get the same EIO.
         if matches!(refusal, Refusal::Damaged | Refusal::Failed)
             && let Some(damaged) = self.damaged.as_ref().filter(|_| DamagedReads::includes(flight.request()))
             && let Some(key) = self.key(flight.request().ino)
@@ -71,8 +71,8 @@ impl Reader {
         None
     }
 
-    /// Returns the file of an inode number; its place in the template as the name, if the template is so damaged that
-    /// it cannot be opened.
+    /// Returns the file of an inode number. If the template is so damaged that it cannot be opened, the name is `#` and
+    /// the index of the file.
     fn key(&self, ino: u64) -> Option<FileKey> {
         let Node::File(digest, file, _) = self.tree.node(ino).ok()? else { return None };
         let template = self.tree.template_in_use(&digest).ok();

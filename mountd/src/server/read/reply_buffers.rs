@@ -19,7 +19,7 @@ impl Replies {
     /// limit applies, and memory that is locked stays locked when the capability is dropped.
     ///
     /// # Errors
-    /// Returns an error if neither the limit nor a capability allows to lock so much memory.
+    /// Returns an error if neither the limit nor a capability allows locking so much memory.
     pub fn lock(count: usize, length: Bytes) -> Result<Replies> {
         let needed = (length.get() * count as u64).saturating_add(OTHER_LOCKED.get());
         let now = getrlimit(Resource::Memlock);

@@ -200,8 +200,8 @@ pub fn programs(refused: Refused) -> Result<Option<[BpfProgram; 2]>> {
         Refused::Eperm => SeccompAction::Errno(libc::EPERM as u32),
         Refused::Kill => SeccompAction::KillProcess,
     };
-    // The kernel applies the most restrictive result of both filters: the first filter turns calls that return ENOSYS
-    // from allowed (in the second one) to refused.
+    // The kernel applies the most restrictive result of both filters: the second filter allows the calls that return
+    // ENOSYS, and the first filter refuses them.
     Ok(Some([
         compile(unknown, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?,
         compile(all, refuse, SeccompAction::Allow)?,

@@ -17,7 +17,7 @@ fn fail(what: &dyn std::fmt::Display) -> Error {
         .hint("check whether the container's seccomp filter forbids the landlock system calls")
 }
 
-/// Creates rules that allow to read below `store` and forbid everything else: other files, writing, TCP, abstract
+/// Creates rules that allow reading below `store` and forbid everything else: other files, writing, TCP, abstract
 /// sockets, and signals to processes outside.
 ///
 /// # Errors

@@ -37,11 +37,11 @@ pub fn enter(store: &Path) -> Result<Vec<String>> {
 /// Confines the calling thread, and the threads that it starts later.
 fn confine(store: &Path) -> Result<Vec<String>> {
     let refused = refused(std::env::var_os(VARIABLE).as_deref())?;
-    // Each makes system calls once that are not on the list, and caches the results: CPU features and the time
+    // Each function makes system calls once that are not on the list, and caches the results: CPU features and the time
     // namespace.
     let _ = (rustix::param::page_size(), clock::monotonic());
-    // Before the uid changes: if a directory above the store is closed to the store's owner, `expect_readable` then
-    // reports that with a hint, instead of this step with a bare EACCES.
+    // The rules are made before the uid changes. If the store's owner may not search a directory above the store, this
+    // step then succeeds, and `expect_readable` reports the directory with a hint.
     let rules = files::rules(store)?;
     let mut lacks = Vec::new();
     privileges::give_up(store, &mut lacks)?;

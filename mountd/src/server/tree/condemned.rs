@@ -91,7 +91,7 @@ impl Condemned {
     /// on an earlier list.
     pub fn change(&self, rows: &[CondemnedRow]) {
         *self.now.write().unwrap_or_else(PoisonError::into_inner) = list(rows);
-        // After the list: a reader that takes its guard from here on sees the new list.
+        // The new epoch begins after the new list is set: a reader that takes its guard from here on sees the new list.
         let mut epochs = self.epochs();
         let (_, old) = std::mem::replace(&mut epochs.now, channel());
         epochs.before.push(old);

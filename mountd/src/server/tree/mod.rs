@@ -4,8 +4,8 @@
 //!   /by-id/<digest>/{manifest.json, memory, state, …}
 //!   /templates/<name>/<tag>  ->  ../../by-id/<digest>
 //! ```
-//! Inode numbers are computed from the names, so that a server accepts the numbers that its predecessor returned. A
-//! number that is not in the map of the server is found by a walk of the store.
+//! Inode numbers are computed from the names, so that a server accepts the numbers that its predecessor returned. If a
+//! number is not in the map of the server, the server searches the whole store for the number.
 
 pub mod condemned;
 pub mod node;
@@ -227,7 +227,7 @@ impl Tree {
                 _ => Err(Refusal::NoEntry),
             },
             Node::ById => match name.parse::<Digest>() {
-                // Only the canonical spelling: uppercase digits would give the directory a second name.
+                // Only the canonical spelling is accepted: uppercase digits would give the directory a second name.
                 Ok(digest) if digest.to_string() == name && !self.gone(&digest)? => {
                     Ok(Node::Template(digest))
                 }

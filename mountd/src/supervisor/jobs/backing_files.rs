@@ -24,7 +24,7 @@ pub fn create(cache: &Cache, size: Bytes, data: Bytes) -> Result<OwnedFd> {
             let free = cache::free_in(dir)?;
             if data > free {
                 return Err(Error::try_again(format!(
-                    "the backing needs {data}, the file system of the cache has {free} free"
+                    "the backing needs {data}, but the file system of the cache has only {free} free"
                 ))
                 .at(dir)
                 .hint("free space on that file system, or mount with another --cache-dir"));

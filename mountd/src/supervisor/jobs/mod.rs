@@ -172,7 +172,7 @@ pub fn freeze_backing(
     })
 }
 
-/// Starts a job that remembers in the store when a file was verified with a proof, or forgets it.
+/// Starts a job that remembers in the store when a file was verified with a proof, or forgets the verification.
 ///
 /// # Errors
 /// Same as [`create_backing`].
@@ -192,7 +192,7 @@ pub fn remember(
     })
 }
 
-/// Starts a job that finds the keys whose files no process uses by passthrough.
+/// Starts a job that finds the keys whose files no process uses through a backing.
 ///
 /// # Errors
 /// Same as [`create_backing`].

@@ -12,7 +12,7 @@ use stencilfs::sys::process::holders::{self, Users};
 /// Longest time from the reply to an open until the open file is visible in `/proc` of the process.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// Returns the indices of those `keys` whose files no process uses by passthrough.
+/// Returns the indices of those `keys` whose files no process uses through a backing.
 ///
 /// # Errors
 /// Returns an error if the store or `/proc` cannot be read. If a process cannot be inspected within `timeout`, all

@@ -3,8 +3,9 @@
 //! ```text
 //!   reserved ──▶ created ──▶ (filled by the server) ──▶ frozen ──▶ (verified by the server) ──▶ registered ──▶ closed
 //! ```
-//! The server fills a backing with a copy of the file's bytes or, for kernel decode, with an image that tells the kernel
-//! where the bytes are in the packs. The step to frozen then replaces the image by the file that the kernel decodes.
+//! The server fills a backing with a copy of the file's bytes or, for kernel decode, with an image that tells the
+//! kernel where the bytes are in the packs. The step to frozen then replaces the image by the file that the kernel
+//! decodes.
 //!
 //! A server needs the id of a backing to answer opens with it. It gets the id only after registration, when the file
 //! that the server compared with the hashes is known to be the file that was frozen.
@@ -273,7 +274,7 @@ impl Backings {
     /// # Errors
     /// Returns an error if another file was verified, or if the file is not frozen.
     pub fn registration(&mut self, key: &FileKey, verified: (u64, u64)) -> Result<Registration> {
-        // While an inode is open by passthrough, the kernel fails opens of the inode with another backing id.
+        // While an inode is open with a backing, the kernel fails opens of the inode with another backing id.
         if let Some(id) = self.find(key).and_then(|b| b.row.id) {
             return Ok(Registration::AlreadyRegistered(id));
         }

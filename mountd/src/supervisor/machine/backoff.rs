@@ -1,8 +1,8 @@
 //! Delays between the end of a server and the start of its successor.
 //!
 //! Readers of the mount wait while no server runs, so a successor starts immediately if another process killed a server
-//! that worked. A server that ends otherwise soon after its start would probably do so again: after a few such early
-//! ends in a row, each further start is delayed longer.
+//! that worked. If a server ends for another reason soon after its start, its successor probably ends for the same
+//! reason. After a few such early ends in a row, each further start is delayed longer.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -68,8 +68,8 @@ impl Machine {
 
     // Removal.
 
-    /// Increments the ring: the server reads the list of condemned templates and closes its open files of the store. The
-    /// caller in `waiting`, if any, gets its response when the server has done so.
+    /// Increments the ring: the server reads the list of condemned templates and closes its open files of the store.
+    /// The caller in `waiting`, if any, gets its response when the server has done so.
     fn ring(&mut self, waiting: Option<(CallerId, Vec<Digest>)>) {
         // The current server reads the ledger when the ring changes. A later server reads the ledger at its start.
         self.actions.extend([Action::Save, Action::Ring]);
@@ -79,8 +79,9 @@ impl Machine {
         }
     }
 
-    /// Handles the result of dropping the rows of callers that are gone or have stalled: increments the ring if the list has
-    /// changed. The backings of templates that are already removed are closed when the server has dropped them.
+    /// Handles the result of dropping the rows of callers that are gone or have stalled: increments the ring if the
+    /// list has changed. The backings of templates that are already removed are closed when the server has dropped
+    /// them.
     pub(super) fn rows_dropped(&mut self, (removed, changed): (Vec<Digest>, bool)) {
         if changed || !removed.is_empty() {
             self.ring(None);

@@ -49,7 +49,7 @@ impl ServerState {
         ServerState { id, row, since, rings_at_start, answers_before, last_number: 0, busy: false }
     }
 
-    /// Decides by its number whether a request is carried out. The numbers of the requests of one server increase.
+    /// Decides whether a request with this number is carried out. The numbers of the requests of one server increase.
     pub fn admit(&mut self, number: u64) -> Admission {
         if number <= self.last_number {
             return Admission::Repeated;

@@ -405,7 +405,8 @@ impl Machine {
         self.shutdown.close_later(self.backings.drop_unfinished());
         self.actions.push(Action::Watch(candidate.table));
         self.announce();
-        // Only after the new record: a supervisor that takes over from here on finds the new server.
+        // The old server is dismissed only after the new record is written: a supervisor that takes over from here on
+        // finds the new server.
         if let Some(old) = old {
             self.dismiss(&old);
             self.actions.push(Action::Save);
@@ -420,7 +421,8 @@ impl Machine {
         }
         let Some(candidate) = self.handover.dismiss() else { return };
         self.dismiss(&candidate.server);
-        // Before the exit of the candidate, which may take long: the candidate may have read requests.
+        // The kernel resends the requests that the candidate may have read. It does so before the candidate exits,
+        // because the exit may take long.
         self.resend();
         let caller = candidate.caller;
         let error = candidate.error(why);
@@ -457,7 +459,8 @@ impl Machine {
             }
             OnSignal::Ignore => {
                 log::info!(
-                    "ignoring the signal: the mount is already draining; to end it now, run 'stencil umount --force'"
+                    "ignoring the signal: the mount is already draining; to end the mount now, run 'stencil \
+                     umount --force'"
                 );
             }
         }

@@ -230,8 +230,8 @@ impl Machine {
     }
 
     /// Enters the result of a scrub. The reply to a report of damage follows when the store has forgotten the
-    /// verification. A scrub without damage does not renew what the store remembers: pages that clones map were not
-    /// read from the disk.
+    /// verification. A scrub without damage does not renew the verification that the store remembers: pages that clones
+    /// map were not read from the disk.
     fn scrubbed(
         &mut self,
         id: ServerId,

@@ -9,7 +9,8 @@ use stencilfs::control::UnmountMode;
 pub enum OnSignal {
     /// Unmount. A mount in use is detached, and ends with its last mapping.
     Drain,
-    /// Abort the connection: in mappings by decode, an access to a page that is not in RAM then raises SIGBUS.
+    /// Abort the connection: in a mapping that is served by decode, an access to a page that is not in RAM then raises
+    /// SIGBUS.
     Abort,
     /// None: the mount is already draining.
     Ignore,

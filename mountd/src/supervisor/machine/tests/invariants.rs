@@ -240,7 +240,7 @@ impl Run {
         }
     }
 
-    /// Confirms a removal. A template that is still condemned must not have been opened since; an unused one is
+    /// Confirms a removal. A template that is still condemned must not have been opened since; an unused template is
     /// removed.
     fn confirm(&mut self, caller: CallerId, key: Key) {
         let Some(opens) = self.settled.get(&(caller, key)).copied().filter(|_| !self.is_waiting(caller))

@@ -58,7 +58,7 @@ pub struct World {
     next_backing: u32,
     /// Identities of immutable files.
     pub frozen: HashSet<(u64, u64)>,
-    /// Number of processes that have a file open by passthrough.
+    /// Number of processes that have a file open with a backing.
     users: HashMap<Key, u32>,
     /// Number of opens of a template.
     pub opens: HashMap<Digest, u64>,
@@ -212,7 +212,7 @@ impl World {
         self.finish_jobs();
     }
 
-    /// Opens a file by passthrough. Returns false if the current server does not answer the open with a backing.
+    /// Opens a file that has a backing. Returns false if the current server does not answer the open with the backing.
     pub fn open_passthrough(&mut self, key: Key) -> bool {
         let serving = self.machine.current().is_some_and(|server| server.row.serving);
         let Some(server) = self.machine.current().and_then(|current| self.servers.get(&current.id)) else {
@@ -227,7 +227,7 @@ impl World {
         true
     }
 
-    /// Opens a file by decode, if any server that may still send replies answers the open.
+    /// Opens a file without a backing, if any server that may still send replies answers the open.
     pub fn open_decode(&mut self, key: Key) {
         if self.servers.values().any(|server| !server.refuses(key)) {
             *self.opens.entry(key.digest()).or_default() += 1;

@@ -122,7 +122,7 @@ impl Error {
                 Some("run the command as root or as a user with access to the path")
             }
             io::ErrorKind::ReadOnlyFilesystem => {
-                Some("choose a path on a writable file system, or remount this one read-write")
+                Some("choose a path on a writable file system, or remount the file system read-write")
             }
             _ => None,
         };

@@ -1,5 +1,5 @@
-//! Fuzz targets: what Stencil decodes of bytes that others have written. `tests/fuzz/` runs them under libFuzzer; the
-//! unit tests replay the corpus there and changed inputs.
+//! Fuzz targets: the decoders of bytes that other programs or users have written. `tests/fuzz/` runs them under
+//! libFuzzer; the unit tests replay the corpus there and changed inputs.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -31,7 +31,8 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("control", control),
 ];
 
-/// A stream, loaded into an empty store: nothing may remain of a load that fails, and all of one that succeeds.
+/// A stream, loaded into an empty store: a failed load leaves nothing in the store, and a successful load leaves all
+/// templates.
 ///
 /// # Panics
 /// Panics if the load violates this, or if a temporary store cannot be created.
@@ -64,7 +65,7 @@ fn load(data: &[u8]) {
 /// The value of QEMU's `-object`.
 ///
 /// # Panics
-/// Panics if a layout is impossible.
+/// Panics if a layout breaks the rules of a mapping: its length, its page size or its alignment.
 pub fn object(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Ok(plan) = Options::parse(text).and_then(|options| options.plan()) else { return };
@@ -84,7 +85,7 @@ pub fn object(data: &[u8]) {
 /// A recipe that a user has edited, and the command line of a VM, one argument per line.
 ///
 /// # Panics
-/// Panics if the text of a recipe is another recipe, or if a planned command line has no RAM.
+/// Panics if the text of a recipe does not give the same recipe again, or if a planned command line has no RAM.
 pub fn recipe(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let file = |name: &str, kind| TemplateFile {

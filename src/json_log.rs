@@ -1,4 +1,4 @@
-//! Logs as JSON: one object a line, with the mount and the template that the line is about.
+//! Logs as JSON: one object per line, with the mount and the template that the line is about.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -24,7 +24,7 @@ pub enum LogFormat {
     /// Human-readable lines.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 

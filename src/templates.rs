@@ -125,7 +125,7 @@ impl Template {
             true => Ok(path),
             false => Err(Error::failed("the file belongs to a mount of another store")
                 .at(path)
-                .hint("name a mountpoint of the store: stencil status")),
+                .hint("name a mountpoint of the store: run 'stencil status' to list the mounts")),
         }
     }
 }

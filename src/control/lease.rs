@@ -4,9 +4,9 @@
 //! A lease is a locked file in `runtime_dir()/leases/<store>/`, never in the store, which may be read-only. The kernel
 //! releases the lock when its holder exits in any way: a file without a lock is stale.
 //!
-//! Both the taker of a lease and a removal write their own file first and read the other's files then, so that at least
-//! one of the two sees the other: the taker waits during a removal of its template, the removal refuses if a lease
-//! exists.
+//! The taker of a lease and a removal each write their own file first, and then read the files of the other. At least
+//! one of the two therefore sees the other: the taker waits during a removal of its template, and the removal refuses
+//! if a lease exists.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -105,7 +105,7 @@ impl Lease {
             let digest = store.resolve(reference)?;
             match Lease::take(store, &digest, command) {
                 Ok(lease) => return Ok((digest, lease)),
-                // Removed in between: resolve the name again, as it may point to another template now.
+                // The template was removed in between: resolve the name again, as it may point to another template now.
                 Err(e) if e.code() == Code::NotFound && store.resolve(reference)? != digest => {}
                 Err(e) => return Err(e),
             }
@@ -266,7 +266,7 @@ fn stuck(path: &Path, removal: Option<LeaseHolder>) -> Error {
         Some(LeaseHolder { pid, digest, .. }) => {
             format!(
                 "timed out after {seconds} s waiting for process {pid}, which is removing template {digest} or \
-                 others with it"
+                 other templates"
             )
         }
         None => format!("timed out after {seconds} s waiting for the lock of another removal"),
@@ -281,7 +281,7 @@ fn all(store: &Store, kind: &str) -> Result<Vec<LeaseHolder>> {
     for name in names {
         let name = Path::new(&name);
         if name.extension().is_some_and(|e| e == NEW) {
-            // Left by a process that was killed before it had a lease; `read` removes it.
+            // The file was left by a process that was killed before it had a lease; `read` removes the file.
             let _ = read(&folder, name);
         } else if name.extension().is_some_and(|e| e == kind)
             && let Some(holder) = read(&folder, name)?
@@ -300,7 +300,9 @@ fn read(folder: &Directory, name: &Path) -> Result<Option<LeaseHolder>> {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => {
-            return Err(fail(e).hint("check the owner of that file; if no Stencil command runs, remove it"));
+            return Err(
+                fail(e).hint("check the owner of that file; if no Stencil command runs, remove the file")
+            );
         }
     };
     // A shared lock: two scans at the same time must not take each other for a holder.

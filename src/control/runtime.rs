@@ -104,7 +104,7 @@ pub fn failed(what: &str, path: &Path, e: io::Error) -> Error {
         // `trust` returns PermissionDenied without an errno.
         io::ErrorKind::PermissionDenied if e.raw_os_error().is_none() => OWNED_ELSEWHERE.to_owned(),
         io::ErrorKind::PermissionDenied => {
-            "run this as root, or set STENCIL_RUNTIME_DIR to a directory that you can write"
+            "run the command as root, or set STENCIL_RUNTIME_DIR to a directory that you can write"
                 .to_owned()
         }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => format!(
@@ -161,7 +161,7 @@ pub fn replace(folder: &Directory, name: &str, contents: &[u8]) -> io::Result<()
     };
     write()
         .or_else(|e| match e.kind() {
-            // Left by a killed process with the same PID.
+            // The file was left by a killed process with the same PID.
             io::ErrorKind::AlreadyExists => {
                 folder.remove_tree(&temporary)?;
                 write()

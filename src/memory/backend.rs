@@ -67,9 +67,9 @@ impl Drop for Inner {
 }
 
 impl Backend {
-    /// Maps a whole file copy-on-write: opens it read-only, and reserves no memory for the copies. Long runs of zeros of a
-    /// file on a Stencil mount are anonymous memory in the same address range: `anonymous-zeros=off` of
-    /// [`Backend::from_text`] maps the file alone.
+    /// Maps a whole file copy-on-write: opens it read-only, and reserves no memory for the copies. Long runs of zeros
+    /// of a file on a Stencil mount are anonymous memory in the same address range. To map the file alone, use
+    /// `anonymous-zeros=off` of [`Backend::from_text`].
     ///
     /// # Errors
     /// Returns [`Code::NotFound`](crate::error::Code::NotFound) if the file does not exist, and an error if the file
@@ -160,9 +160,10 @@ impl Backend {
         let runs = match (plan.anonymous_zeros, zeros, &file) {
             (false, ..) | (true, None, None) => Vec::new(),
             (true, Some(runs), _) => runs.to_vec(),
-            // Only a file on a Stencil mount never changes: an unused page of a mapping shows a later write to its file.
+            // Zero runs are searched only in a file on a Stencil mount, which never changes. A page of another file
+            // would show later writes to the file, but anonymous memory would not.
             (true, None, Some(file)) if fuse && file::is_on_stencil_mount(file) => {
-                // Without an answer, all pages are those of the file.
+                // If lseek(2) fails, all pages are pages of the file.
                 zero_runs_of(file, offset, layout.length.get()).unwrap_or_default()
             }
             (true, None, Some(_)) => Vec::new(),
@@ -170,7 +171,8 @@ impl Backend {
         runs.iter().try_for_each(|run| mapping.map_zeros(run.clone(), plan.reserve)).map_err(map_failed)?;
         advise(&plan, &mapping, fuse, &mut notes)?;
         for run in runs {
-            // A write would otherwise allocate 2 MiB, all of which counts as copied. Fails on a kernel without huge pages.
+            // A write would otherwise allocate 2 MiB, all of which counts as copied. Fails on a kernel without huge
+            // pages.
             let _ = mapping.advise(run, Advice::NoHugePage);
         }
         fill(&plan, &mapping)?;
@@ -291,8 +293,8 @@ impl Backend {
         self.0.mapping.store(at, value).map_err(|e| self.refused("write", at, 1, &e))
     }
 
-    /// Copies pages of private memory that the guest is expected to write (`MADV_POPULATE_WRITE`), such as the written pages
-    /// of a working set. Each page of the range is then dirty, with unchanged bytes.
+    /// Copies pages of private memory that the guest is expected to write (`MADV_POPULATE_WRITE`), such as the written
+    /// pages of a working set. Each page of the range is then dirty, with unchanged bytes.
     ///
     /// # Errors
     /// Returns [`Code::Usage`](crate::error::Code::Usage) for a range outside of the memory, and

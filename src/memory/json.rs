@@ -44,7 +44,7 @@ struct Reader<'a> {
 
 /// An object or array whose end is not read yet.
 enum Open {
-    /// With the key whose value comes next.
+    /// The members so far, and the key whose value comes next.
     Object(serde_json::Map<String, Value>, Option<String>),
     Array(Vec<Value>),
 }

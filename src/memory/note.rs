@@ -16,7 +16,7 @@ pub struct Note {
     /// Size of the affected memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<Bytes>,
-    /// What to do, as an imperative.
+    /// The remedy, as an imperative.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }

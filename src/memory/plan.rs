@@ -197,7 +197,7 @@ impl Plan {
     pub(super) fn for_trial(&self) -> Plan {
         let mut plan = self.clone();
         plan.discard = false;
-        // A trial maps what QEMU would map.
+        // A trial maps the file alone, as QEMU would.
         plan.anonymous_zeros = false;
         if plan.prealloc.is_some() && plan.has_file() && plan.sharing == Sharing::Shared {
             plan.leave_untouched();

@@ -11,13 +11,13 @@ use rustix::io::Errno;
 use crate::units::{FileOffset, HUGE_PAGE_SIZE, PAGE_SIZE};
 
 /// Maximum number of zero runs of one backend; the longest are chosen. Each run splits a mapping, and so adds two
-/// mappings, which cost 1 KiB of kernel memory, and time when clones are launched and measured. A process may have 65530
-/// mappings (`vm.max_map_count`).
+/// mappings, which cost 1 KiB of kernel memory, and time when clones are launched and measured. A process may have
+/// 65530 mappings (`vm.max_map_count`).
 const MAX_RUNS: usize = 32;
 
 /// Returns the zero runs of memory of `length` bytes whose data is in these ranges, in bytes from the start of the
-/// memory. Data ranges are sorted. A zero run consists of whole 2 MiB pages, so that the remaining parts of the file can
-/// be mapped by PMDs.
+/// memory. Data ranges are sorted. A zero run consists of whole 2 MiB pages, so that the remaining parts of the file
+/// can be mapped by PMDs.
 ///
 /// The first and the last page of the memory are in no run: the mappings of the file enclose all runs, from which other
 /// processes conclude that the whole range belongs to the template.
@@ -53,7 +53,7 @@ pub fn zero_runs_of(file: &File, offset: FileOffset, length: u64) -> io::Result<
         };
         let end = seek(file, SeekFrom::Hole(offset.get() + start))? - offset.get();
         data.push(start..end);
-        // A run cannot start before, so holes and data up to there need no query.
+        // No run can start before the next 2 MiB page, so holes and data before that page need no query.
         at = end.next_multiple_of(HUGE_PAGE_SIZE);
     }
     seek(file, SeekFrom::Start(0))?;

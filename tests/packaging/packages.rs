@@ -56,7 +56,7 @@ fn installs_runs_upgrades_and_purges_on_a_clean_debian_12() {
     assert!(debian.out("stencil ls").contains("web"));
     debian.out("stencil verify && stencil export web:1/memory /tmp/out && cmp /tmp/out /root/guest.ram && rm /tmp/out");
 
-    // With the example fstab of the package.
+    // Mount with the example fstab of the package.
     debian.out("cp /etc/fstab /tmp/fstab && cat /usr/share/doc/stencil/examples/fstab >>/etc/fstab");
     debian.out("mount -a");
     debian.out(SAME);
@@ -159,7 +159,11 @@ fn assert_unknown_status_keeps_the_package(debian: &Debian) {
     assert_refused(&away, &back, "  served:  cannot read the record of a mount");
     // For a user who cannot read the records, `status` fails with an error.
     let user = debian.sh("setpriv --reuid=123 --regid=123 --clear-groups stencil status").exits(1);
-    assert!(user.err.contains("Permission denied") && user.err.contains("run this as root"), "{}", user.err);
+    assert!(
+        user.err.contains("Permission denied") && user.err.contains("run the command as root"),
+        "{}",
+        user.err
+    );
     assert!(debian.out("stencil status").contains("/srv/templates serves /var/lib/stencil"));
     let elsewhere = debian.sh("STENCIL_RUNTIME_DIR=/tmp/none dpkg --remove stencil").exits(1);
     assert!(elsewhere.err.contains("  served:  /srv/templates"), "{}", elsewhere.err);
@@ -251,7 +255,8 @@ fn install_and_uninstall_leave_other_installations_alone() {
         assert!(refused.err.contains("is of a Debian package: remove it first"), "{}", refused.err);
     }
     call("uninstall", "/usr").exits(2).says("apt remove stencil");
-    // Another prefix is allowed: an installation from before this check may be there. Here is none, so nothing changes.
+    // Another prefix is allowed: an installation from before this check may be there. Such an installation does not
+    // exist here, so nothing changes.
     call("uninstall", "/usr/local").ok();
     assert_eq!(debian.files(), before);
     assert_eq!(debian.out("dpkg --verify stencil"), "");
@@ -428,7 +433,7 @@ fn make_install_matches_the_package_and_uninstall_removes_it() {
     let (bin, dest) = (bin(), format!("DESTDIR={}", staged.display()));
     let args =
         |verb: &'static str| [verb, &bin, &dest, "PREFIX=/usr", "SBINDIR=/usr/sbin"].map(str::to_owned);
-    // As a root user without cargo, and without the crates that the builder has downloaded.
+    // Install as a root user without cargo, and without the crates that the builder has downloaded.
     let environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/nonexistent", "CARGO_HOME=/nonexistent"];
     let call = |args: [String; 5]| {
         let mut all: Vec<&str> = args.iter().map(String::as_str).collect();

@@ -89,7 +89,7 @@ pub fn request_refresh(mount: &Mount) -> Result<()> {
 /// Returns when the new server serves the kernel.
 ///
 /// # Errors
-/// Returns the reason why the new process does not serve; the old one then continues.
+/// Returns the reason why the new process does not serve; the old process then continues.
 pub fn request_restart(mount: &Mount, program: BorrowedFd<'_>, supervisor: bool) -> Result<()> {
     done(ask_with(&mount.dir, &Request::Restart { supervisor }, Some(program))?)
 }

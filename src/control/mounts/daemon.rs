@@ -15,10 +15,12 @@ const NAME: &str = "stencil-mountd";
 /// Environment variable with the path of another daemon.
 const VARIABLE: &str = "STENCIL_MOUNTD";
 
-/// Returns the path of the daemon: `$STENCIL_MOUNTD`, else the file beside this program, else the first one in `PATH`.
+/// Returns the path of the daemon: `$STENCIL_MOUNTD`, else `stencil-mountd` beside this program, else the first
+/// `stencil-mountd` in `PATH`.
 ///
 /// # Errors
-/// Returns [`Code::NotFound`](crate::error::Code::NotFound) if there is none, or the variable does not name a file.
+/// Returns [`Code::NotFound`](crate::error::Code::NotFound) if there is no daemon, or the variable does not name a
+/// file.
 pub fn find_daemon() -> Result<PathBuf> {
     if let Some(named) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty()) {
         // `exec` would look up a name without a slash in PATH.
@@ -26,15 +28,18 @@ pub fn find_daemon() -> Result<PathBuf> {
         return if named.is_file() {
             Ok(named)
         } else {
-            Err(Error::not_found(format!("{VARIABLE} does not name a file"))
-                .at(named)
-                .hint("set it to the path of stencil-mountd, or unset it to use the one beside stencil"))
+            Err(Error::not_found(format!("{VARIABLE} does not name a file")).at(named).hint(
+                "set the variable to the path of stencil-mountd, or unset it to use the program beside \
+                    stencil",
+            ))
         };
     }
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
     beside.filter(|path| path.is_file()).or_else(|| find_program(NAME)).ok_or_else(|| {
-        Error::not_found("stencil-mountd is not installed")
-            .hint("install it beside stencil or in a directory of PATH, or set STENCIL_MOUNTD to its path")
+        Error::not_found("stencil-mountd is not installed").hint(
+            "install stencil-mountd beside stencil or in a directory of PATH, or set STENCIL_MOUNTD to \
+                its path",
+        )
     })
 }
 
@@ -66,7 +71,7 @@ pub fn start_supervisor(options: &MountOptions) -> Result<()> {
             let status = child.wait().map(|s| s.to_string()).unwrap_or_default();
             Err(Error::failed(format!("the supervisor exited without a report ({status})"))
                 .at(daemon)
-                .hint("run the same command with -f to see its output"))
+                .hint("run the same command with -f to see the output of the supervisor"))
         }
     }
 }

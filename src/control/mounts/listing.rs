@@ -97,7 +97,7 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
             return Err(Error::try_again("a mount of the store has no record in this runtime directory")
                 .at(&stranger.mountpoint)
                 .hint(format!(
-                    "run this with the STENCIL_RUNTIME_DIR of that mount (here: {}), or unmount it: \
+                    "run the command with the STENCIL_RUNTIME_DIR of that mount (here: {}), or unmount it: \
                      'stencil umount {}'",
                     runtime_dir().display(),
                     stranger.mountpoint.display()
@@ -279,7 +279,7 @@ fn read_record(all: &Directory, name: &Path) -> io::Result<Option<(Directory, Re
         return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
     }
     let folder = match trusted_folder(all, name) {
-        // Removed meanwhile.
+        // The record was removed meanwhile.
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         folder => folder?,
     };
@@ -288,7 +288,8 @@ fn read_record(all: &Directory, name: &Path) -> io::Result<Option<(Directory, Re
 
 fn unread(dir: &Path, e: io::Error) -> Error {
     Error::try_again("cannot read the record of a mount").at(dir).because(e).hint(format!(
-        "run this as root, with the version of Stencil that wrote the record; if that mount no longer exists, remove {}",
+        "run the command as root, with the version of Stencil that wrote the record; if that mount no longer \
+         exists, remove {}",
         dir.display()
     ))
 }

@@ -1,4 +1,4 @@
-//! Mounts: their records, their supervisors, what can be asked of them.
+//! Mounts: their records, their supervisors, and the requests to them.
 
 pub(super) mod client;
 pub(super) mod condemn;

@@ -51,7 +51,7 @@ pub fn check(options: &mut MountOptions) -> Result<()> {
         let inside = || {
             Error::usage(format!("the {what} lies in the mountpoint, {}", mountpoint.display()))
                 .at(&path)
-                .hint("use a directory outside of it: the mount would wait for its own reply")
+                .hint("use a directory outside of the mountpoint: the mount would wait for its own reply")
         };
         let absolute = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
         // Compares the text of the paths first: `existing` below could block on the mount.

@@ -74,7 +74,8 @@ pub struct Mount {
     pub detached: bool,
     /// True if the supervisor is dead and only the server is left.
     pub orphaned: bool,
-    /// True if both run in another PID namespace: their PIDs mean nothing here, and clones may be invisible.
+    /// True if supervisor and server run in another PID namespace: their PIDs mean nothing here, and clones may be
+    /// invisible.
     pub foreign: bool,
     /// `st_dev` and `st_ino` of the ledger, and of the program that servers are started from.
     pub identities: [(u64, u64); 2],

@@ -33,7 +33,8 @@ impl Mount {
     /// supervisor does not reply or the kernel cannot report the page cache.
     pub fn residency(&self) -> Result<Vec<Residency>> {
         let mut files = match self.orphaned {
-            // A record of a PID namespace that has ended is left for a user who knows that it has.
+            // The mount has ended. Its record is kept, because this process cannot know whether the PID namespace of
+            // the record has ended too.
             true if self.foreign && self.is_over() => Vec::new(),
             true => self.read_through_server()?,
             false => self.read_through_supervisor()?,
@@ -95,7 +96,7 @@ impl Mount {
                 .hint(match self.foreign {
                     true => {
                         format!(
-                            "the mount is of another PID namespace; if that no longer exists, remove {}",
+                            "the mount is of another PID namespace; if that namespace no longer exists, remove {}",
                             self.dir.display()
                         )
                     }

@@ -116,7 +116,8 @@ pub struct TemplateStatus {
     /// Reason for serving the largest file by decode; `None` if that file has a backing, or gets a backing at the first
     /// open.
     pub why: Option<String>,
-    /// Number of processes that map the template; `None` if unknown. 0 from the supervisor; the command line counts.
+    /// Number of processes that map the template; `None` if unknown. The supervisor reports 0; the command line counts
+    /// the processes.
     pub clones: Option<u64>,
     /// Bytes of its files in backings, including backings that are being filled; with kernel decode the bytes of the
     /// metadata.
@@ -256,7 +257,7 @@ fn template(store: &Store, digest: &Digest, snapshot: &Snapshot) -> Option<Templ
             }
         })
         .collect();
-    // The largest file is the guest memory, whose serving users ask about: it stands for the template.
+    // The largest file stands for the template: it is the guest memory, and users ask how that memory is served.
     let largest = files.iter().max_by_key(|f| f.size);
     Some(TemplateStatus {
         digest: *digest,

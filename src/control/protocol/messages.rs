@@ -13,7 +13,8 @@ use crate::store::Digest;
 /// closes the connection, and the caller suggests `stencil restart`.
 pub const CONTROL_VERSION: u32 = 5;
 
-/// Most inode numbers in one request. Each has at most 20 digits and a comma, so that all of them fit into one message.
+/// Largest number of inode numbers in one request. Each has at most 20 digits and a comma, so that all of them fit into
+/// one message.
 pub const MAX_INODES: usize = 2048;
 
 /// A request to a supervisor.
@@ -147,7 +148,7 @@ impl Failure {
         if let Some(errno) = self.errno {
             error = error.because(std::io::Error::from_raw_os_error(errno));
         }
-        // Last, so that the remedy from the other side replaces one that `because` adds.
+        // The remedy is set last, so that it replaces a remedy that `because` adds.
         match self.remedy {
             Some(remedy) => error.hint(remedy),
             None => error,

@@ -1,5 +1,4 @@
-//! What is sent and shared between the processes of a mount: messages, the mount state, the ledger, the in-flight
-//! table.
+//! The data that the processes of a mount send and share: messages, the mount state, the ledger, the in-flight table.
 
 pub(super) mod in_flight;
 pub mod ledger;

@@ -113,7 +113,7 @@ pub struct MountOptions {
     pub hydrate_timeout: Duration,
     /// The server is replaced after it leaves a request unanswered for this long; zero disables the watchdog.
     pub watchdog: Duration,
-    /// What happens to a process that needs a damaged block by decode.
+    /// What happens to a process that needs a damaged block of a file that is served by decode.
     pub on_damage: OnDamage,
     /// With kernel decode, the blocks of each file are verified again after this time; zero for never.
     pub scrub_interval: Duration,
@@ -137,8 +137,8 @@ const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Default of [`MountOptions::watchdog`].
 const WATCHDOG: Duration = Duration::from_secs(10);
 
-/// Read-ahead of files that are served by decode: a fault requests eight blocks at once. With the kernel's own default of
-/// two blocks, a sequential read waits for the server twice as long.
+/// Read-ahead of files that are served by decode: a fault requests eight blocks at once. With the kernel's own default
+/// of two blocks, a sequential read waits for the server twice as long.
 pub const DEFAULT_READ_AHEAD: Bytes = Bytes::new(8 * BLOCK_SIZE);
 
 /// Read-ahead of files that the kernel decodes: large enough that a read in order makes folios of 2 MiB, which the CPU
@@ -176,7 +176,8 @@ pub fn parse_read_ahead(text: &str) -> Result<Bytes> {
     }
 }
 
-/// Options of `-o` that are ignored: they describe what every mount of Stencil is, or are for `mount` and `fstab`.
+/// Options of `-o` that are ignored: each describes a property of every Stencil mount, or is meant for `mount` and
+/// `fstab`.
 const WITHOUT_EFFECT: [&str; 26] = [
     "ro",
     "rw",
@@ -210,14 +211,15 @@ const WITHOUT_EFFECT: [&str; 26] = [
 fn refused(word: &str) -> Option<Error> {
     let key = word.split_once('=').map_or(word, |(key, _)| key);
     let (why, remedy) = match key {
-        "suid" | "dev" => ("", "leave it out: templates hold memory images, not programs or devices"),
+        "suid" | "dev" => ("", "omit the option: templates hold memory images, not programs or devices"),
         "remount" => (
             ": the options of a mount are fixed",
             "unmount and mount again, or switch to another build with 'stencil restart'",
         ),
-        "user" | "users" | "owner" | "group" => {
-            (": only root can mount a store for all users", "leave it out, and mount as root or by a service")
-        }
+        "user" | "users" | "owner" | "group" => (
+            ": only root can mount a store for all users",
+            "omit the option, and mount as root or by a service",
+        ),
         _ => return None,
     };
     Some(Error::usage(format!("mount option '{word}' is refused{why}")).hint(remedy))
@@ -328,7 +330,7 @@ impl MountOptions {
         if let Some(size) = self.read_ahead {
             push("read-ahead", OsStr::new(&size.get().to_string()));
         }
-        // Only if it is not the default: an earlier build does not know the option.
+        // The option is passed only if its value is not the default: an earlier build does not know the option.
         if self.log_format != LogFormat::default() {
             push("log-format", OsStr::new(self.log_format.name()));
         }

@@ -31,7 +31,7 @@ pub enum Cache {
     Nowhere(String),
 }
 
-/// How the pages of a backing come into being.
+/// The source of the pages of a backing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BackingKind {
@@ -94,11 +94,11 @@ pub struct BackingRow {
 pub struct ServerRow {
     /// Its process.
     pub process: ProcessId,
-    /// Its version; empty until the server has reported it.
+    /// Version of the server; empty until the server has reported its version.
     pub version: String,
-    /// Path of its program at its start.
+    /// Path of the server's program when the server started.
     pub program: PathBuf,
-    /// The parts of its sandbox that this kernel does not support, as text.
+    /// The parts of the server's sandbox that this kernel does not support, as text.
     pub lacks: Vec<String>,
     /// True when the server serves the kernel.
     pub serving: bool,
@@ -167,7 +167,7 @@ pub struct Snapshot {
     pub leaving: Vec<ProcessId>,
     /// `st_dev` and `st_ino` of the page with the counters.
     pub page: (u64, u64),
-    /// True if a termination signal has asked the supervisor for the end.
+    /// True if a termination signal has requested the end of the mount.
     pub draining: bool,
     /// Number of servers that were started to replace another server.
     pub restarts: u64,

@@ -57,7 +57,12 @@ impl Backend {
         let region =
             guest_region::guest_region(&self.0.mapping, pagemap, &part, self.flags(), file, self.0.clone())
                 .map_err(|e| refused(&errno_text(&e)))?;
-        GuestRegionMmap::new(region, base).ok_or_else(|| refused("the address space of a guest ends before"))
+        GuestRegionMmap::new(region, base).ok_or_else(|| {
+            refused(
+                "the address space of a guest ends before this \
+            address",
+            )
+        })
     }
 }
 

@@ -43,7 +43,7 @@ impl Header {
                 let damage = match copy {
                     Ok((copy, _)) if is_same(&copy) => None,
                     Ok(_) => Some(
-                        Invalid::damage("it belongs to another store")
+                        Invalid::damage("the file belongs to another store")
                             .in_file("copy of the store header", &copy_path),
                     ),
                     Err(e) if e.code() == Code::NotFound => Some(
@@ -87,8 +87,8 @@ pub(in crate::store) fn identify(root: &StorePath) -> io::Result<Option<Superblo
     }
 }
 
-/// Returns true if the copy may replace the header: not if the header needs a newer Stencil or the user may not read
-/// the header.
+/// Returns true if the copy may replace the header. Returns false if the header needs a newer Stencil or the user may
+/// not read the header.
 fn is_lost(error: &Error) -> bool {
     let is_closed = error.errno().is_some_and(|e| matches!(e, libc::EACCES | libc::EPERM));
     let is_newer = error.code() == Code::Failed && std::error::Error::source(error).is_none();

@@ -34,8 +34,8 @@ impl fmt::Display for Holders<'_> {
 }
 
 impl Lock {
-    /// Waits for the lock, exclusive or `shared`, without a timeout, until `check` returns an error. Other processes
-    /// may hold the lock for hours.
+    /// Waits for the lock, exclusive or `shared`. The wait has no timeout, and ends when `check` returns an error.
+    /// Other processes may hold the lock for hours.
     pub fn wait_while(
         path: &StorePath,
         shared: bool,
@@ -47,7 +47,7 @@ impl Lock {
         Ok(Lock(file))
     }
 
-    /// Waits for an exclusive lock that is held for short times only, until `check` returns an error.
+    /// Waits for an exclusive lock that is held for short times only. The wait ends when `check` returns an error.
     ///
     /// # Errors
     /// Returns [`Code::TryAgain`](crate::error::Code) after [`MAX_SHORT_WAIT`], with the holder of the lock.

@@ -117,8 +117,8 @@ impl PackFile {
             .hint("run 'stencil verify' to list the affected templates; import the same memory again to repair them")
     }
 
-    /// Returns the record `stored`: from `buffer`, if the last read covered it. Otherwise reads the record together with
-    /// the records behind it, up to the offset `end`: the caller needs these next.
+    /// Returns the record `stored`: from `buffer`, if the last read covered it. Otherwise reads the record together
+    /// with the records behind it, up to the offset `end`: the caller needs these next.
     pub fn record<'a>(&self, stored: Stored, end: u64, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
         let record = stored.range();
         if record.start < PackHeader::LEN as u64 || record.end > self.header.index_offset {

@@ -249,8 +249,8 @@ pub(in crate::store) fn is_misplaced(error: &io::Error) -> bool {
         || matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR | libc::EISDIR))
 }
 
-/// Chowns a file that root has just created to the owner of its directory. A store belongs to one user, with whose
-/// rights the store is served, and who must keep access to it. Other users cannot chown files.
+/// Chowns a file that root has just created to the owner of its directory. A store belongs to one user and is served
+/// with the rights of this user, who must therefore keep access to all files. Other users cannot chown files.
 fn give_to_owner_of(folder: &Directory, created: impl AsFd) -> io::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Ok(());

@@ -46,7 +46,7 @@ pub(in crate::store) fn open_sealed(path: &StorePath) -> Result<File> {
     if !was_sealed {
         immutable::clear(&file).map_err(failed)?;
     }
-    Err(Error::failed(format!("{why}, so it is not sealed")).at(path).hint(hint))
+    Err(Error::failed(format!("{why}, so the pack cannot be sealed")).at(path).hint(hint))
 }
 
 fn gone(path: &StorePath) -> Error {
@@ -101,16 +101,17 @@ impl Store {
     /// Makes all sealed packs changeable. Returns their number. `check` must fail if a mount serves the store.
     ///
     /// # Errors
-    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a writer does not finish in time. Returns an error if
-    /// the packs cannot be listed or opened, if this process lacks `CAP_LINUX_IMMUTABLE`, or if `interrupt` becomes true.
+    /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if a writer does not finish in time. Returns an error
+    /// if the packs cannot be listed or opened, if this process lacks `CAP_LINUX_IMMUTABLE`, or if `interrupt` becomes
+    /// true.
     pub fn unseal(&self, interrupt: &AtomicBool, check: impl Fn() -> Result<()>) -> Result<u64> {
         let _lock = self.lock_content_alone(interrupt)?;
         check()?;
         self.pack_files()?.iter().try_fold(0, |count, path| Ok(count + u64::from(unseal(path)?.is_some())))
     }
 
-    /// Removes all templates and all other files of the store, except its directory. `check` must fail if a mount serves
-    /// the store.
+    /// Removes all templates and all other files of the store, except its directory. `check` must fail if a mount
+    /// serves the store.
     ///
     /// # Errors
     /// Same as [`Store::unseal`]. Returns an error if a file cannot be removed.

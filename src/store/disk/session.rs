@@ -19,7 +19,7 @@ const MAX_ATTEMPTS: usize = 100;
 const MAX_DEPTH: usize = 32;
 
 /// A directory of one writer below `STORE/tmp`, locked while the writer runs and removed when the writer finishes. The
-/// next writer removes the directory of a killed one.
+/// next writer removes the directory of a killed writer.
 #[derive(Debug)]
 pub(in crate::store) struct Session {
     tmp: StorePath,

@@ -1,8 +1,8 @@
 //! The store's memory of verifications for kernel decode, which lasts across mounts and restarts of the host.
 //!
-//! The proof of a verification binds everything that the verification depends on: template, file name, metadata, sealed
-//! packs, kernel and host. The proof is an extended attribute of the image's directory, in the namespace `trusted`,
-//! which only root can write: the store may belong to another user.
+//! The proof of a verification is a hash of everything that the verification depends on: template, file name, metadata,
+//! sealed packs, kernel and host. The proof is an extended attribute of the image's directory, in the namespace
+//! `trusted`, which only root can write: the store may belong to another user.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -28,8 +28,8 @@ const CHUNK: usize = 128 << 10;
 pub struct Proof([u8; LENGTH]);
 
 impl Proof {
-    /// Returns the proof of a file of a template, which the kernel of this host decodes by an image out of sealed packs.
-    /// Unsealing a pack changes its `st_ctime`, and so the proof.
+    /// Returns the proof of a file of a template, which the kernel of this host decodes with an image from sealed
+    /// packs. Unsealing a pack changes its `st_ctime`, and so the proof.
     ///
     /// # Errors
     /// Returns an error if a pack cannot be inspected.

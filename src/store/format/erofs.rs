@@ -89,8 +89,8 @@ pub struct Record {
     pub kind: BlockKind,
 }
 
-/// Returns the image of a file with `size` bytes. The extents are in order, and the first starts at 0. Extents beyond the
-/// end of the file are left out: the kernel takes them for damage.
+/// Returns the image of a file with `size` bytes. The extents are in order, and the first starts at 0. Extents beyond
+/// the end of the file are left out: the kernel takes them for damage.
 ///
 /// # Errors
 /// Returns [`Invalid`] if the file has too many packs, or packs that are too large together (16 TiB).
@@ -141,8 +141,8 @@ fn stored_blocks(extents: &[Extent]) -> u32 {
 /// Length of the part of an image that [`device_table`] needs, in bytes.
 pub const HEAD: usize = DEVICES;
 
-/// Returns the range of an image that holds the packs, in bytes. `head` is the start of the image, which another process
-/// may have written.
+/// Returns the range of an image that holds the packs, in bytes. `head` is the start of the image, which another
+/// process may have written.
 ///
 /// # Errors
 /// Returns [`Invalid`] if the bytes are not the start of an image.
@@ -234,7 +234,7 @@ impl Image {
     }
 }
 
-/// Returns the low 32 bits of a number, which has no more.
+/// Returns the low 32 bits of a number whose other bits are zero.
 fn low(number: u64) -> [u8; 4] {
     let [a, b, c, d, ..] = number.to_le_bytes();
     [a, b, c, d]

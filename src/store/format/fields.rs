@@ -83,7 +83,7 @@ impl<'a> Fields<'a> {
 /// Converts a length or count in a header.
 #[expect(
     clippy::cast_possible_truncation,
-    reason = "headers, and what they count in themselves, have less than 4 GiB"
+    reason = "headers, and the lengths and counts in them, are smaller than 4 GiB"
 )]
 pub(super) const fn in_header(n: usize) -> u32 {
     n as u32

@@ -58,7 +58,8 @@ impl FirecrackerState {
         magic_at_either_place(bytes).is_some()
     }
 
-    /// Describes a version that is newer than every known one, as a clause about the state file; `None` for the others.
+    /// Describes a version that is newer than every known one, as a clause about the state file; `None` for all other
+    /// versions.
     ///
     /// The state is not decoded and only Firecracker loads it. A newer version therefore needs no support, as long as
     /// header and checksum are those of this module.

@@ -55,9 +55,10 @@ fn original_name(aside: &StorePath) -> Option<&str> {
 }
 
 impl Store {
-    /// Removes the tag or template of `reference`. A tag of a template with several tags is removed alone. The last tag
-    /// is removed with its template, and a digest with all tags of its template. A template is removed only if it is
-    /// `unused`, that is, if the caller has checked that the template is unused; any other template is only returned.
+    /// Removes the tag or template of `reference`. If the template of a tag has other tags, only the tag is removed.
+    /// The last tag is removed with its template. For a digest, the template is removed with all its tags. A template
+    /// is removed only if it is `unused`, that is, if the caller has checked that the template is unused; any other
+    /// template is only returned.
     ///
     /// The closures, and the handling of a template that a closure rejects, are those of
     /// [`remove_untagged`](Self::remove_untagged).
@@ -195,7 +196,7 @@ impl Store {
     }
 
     /// Renames templates and their tags to names that listings skip, and returns the templates that cannot be renamed.
-    /// Neither this nor the restoration needs disk space.
+    /// Neither renaming nor restoring needs disk space.
     fn set_aside<'a>(&self, templates: impl Iterator<Item = &'a (Digest, Vec<TagName>)>) -> Result<Refused> {
         let mut refused = Refused::new();
         for (digest, tags) in templates {

@@ -47,7 +47,7 @@ pub struct StoreUsage {
     pub templates: Vec<TemplateUsage>,
     /// Size of all files of all templates in bytes.
     pub logical_bytes: Bytes,
-    /// Bytes of these in 4 KiB pages that are not zero.
+    /// Bytes of all files in 4 KiB pages that are not zero.
     pub data_bytes: Bytes,
     /// Bytes of records that exactly one template references.
     pub unique_bytes: Bytes,
@@ -69,8 +69,8 @@ pub struct StoreUsage {
 }
 
 impl Store {
-    /// Computes the disk usage. A damaged template is skipped with a warning in the log, and records that only it
-    /// references count as dead.
+    /// Computes the disk usage. A damaged template is skipped with a warning in the log, and records that only this
+    /// template references count as unreferenced.
     ///
     /// # Errors
     /// Returns an error if the store cannot be read, or if `interrupt` becomes true.
@@ -78,7 +78,8 @@ impl Store {
         let liveness = Liveness::analyze(self, interrupt, progress)?;
         for (digest, error) in &liveness.unreadable {
             log::warn!(
-                "template {digest} is left out, and records that only it references count as unreferenced: {error}"
+                "template {digest} is left out, and records that only this template references count as \
+                 unreferenced: {error}"
             );
         }
         let mut usage = StoreUsage::default();

@@ -62,7 +62,7 @@ pub struct Verified {
     pub packs: u64,
     /// Number of records that were read, decoded and compared with their hash.
     pub blocks: u64,
-    /// Bytes of these records as stored.
+    /// Bytes of the records that were read, as stored.
     pub stored_bytes: Bytes,
     /// Damage that was found.
     pub damages: Vec<Damage>,

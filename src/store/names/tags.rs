@@ -152,7 +152,7 @@ impl Store {
     pub(in crate::store) fn tag_files(&self) -> Result<TagFiles> {
         let (mut found, mut unlisted) = (Vec::new(), Vec::new());
         let root = self.tags_dir();
-        // Opened once for all tags. If that fails, the listing below returns the error.
+        // The root is opened once for all tags. If that fails, the listing below returns the error.
         let root = root.opened().unwrap_or(root);
         for name in self.names(&root)? {
             let directory = root.join(&name);

@@ -1,7 +1,7 @@
 //! Working sets: the pages that clones of a template use after their launch, recorded from the page tables of clones.
 //!
-//! A set is advice: it determines which pages are read early, never which bytes a page has. It is part of the policy of a
-//! template, so the digest does not depend on it.
+//! A set is advice: it determines which pages are read early, never which bytes a page has. It is part of the policy of
+//! a template, so the digest does not depend on it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -132,7 +132,8 @@ impl Extents {
         self.0 = if merged.len() > MAX_EXTENTS { shorten(merged) } else { merged };
     }
 
-    /// Formats the extents: `FIRST+PAGES` for each, and `wWEIGHT` before those with another weight than the extent before.
+    /// Formats the extents: `FIRST+PAGES` for each, and `wWEIGHT` before each extent whose weight differs from that of
+    /// the previous one.
     fn encode(&self) -> String {
         let mut text = String::new();
         let mut weight = 0;
@@ -297,8 +298,8 @@ impl Store {
     /// Adds a recording to a working set of a template. Returns the set.
     ///
     /// # Errors
-    /// Returns [`Code::Usage`](crate::error::Code) for an invalid name or if all sets together become too large, and the
-    /// errors of [`set_policy`](Store::set_policy).
+    /// Returns [`Code::Usage`](crate::error::Code) for an invalid name or if all sets together become too large, and
+    /// the errors of [`set_policy`](Store::set_policy).
     pub fn add_recording(
         &self,
         digest: &Digest,
@@ -437,7 +438,7 @@ mod tests {
     }
 
     proptest! {
-        /// Page by page, a merge gives the weights of its definition.
+        /// A merge of ranges gives each page the weight that the definition gives for this page.
         #[test]
         fn merged_weights_are_those_of_each_page(runs in prop::collection::vec(
             prop::collection::vec((0u64..200, 1u64..20), 0..12), 1..6)) {

@@ -233,7 +233,8 @@ impl Target {
             (Some(path), true) => rustix::fs::rename(path, &self.out).map_err(fail)?,
             (Some(path), false) => {
                 match renameat_with(CWD, path, CWD, &self.out, RenameFlags::NOREPLACE) {
-                    // Not every file system implements the flag. A file created just now is replaced there.
+                    // Not every file system implements the flag. On the others, a file that was created just now is
+                    // replaced.
                     Err(Errno::INVAL) => Target::check(&self.out, false)
                         .and_then(|()| rustix::fs::rename(path, &self.out).map_err(fail))?,
                     renamed => renamed.map_err(fail)?,
@@ -250,7 +251,7 @@ impl Target {
 fn exists(out: &Path) -> Error {
     Error::failed("refusing to replace an existing file")
         .at(out)
-        .hint("name a new file, or replace this one with --force")
+        .hint("name a new file, or replace the file with --force")
 }
 
 impl Drop for Target {

@@ -20,12 +20,13 @@ impl Template {
     /// Returns the EROFS metadata of a file: mounted with the packs of [`Store::sealed_packs`] as its devices,
     /// it holds the file under the name [`KERNEL_IMAGE_FILE`].
     ///
-    /// The image is made from the tables, which are verified. The bytes that the kernel decodes are not: the caller
-    /// must compare them with the hashes before another process reads them, and the packs must not change afterwards.
+    /// The image is made from the tables, which are verified. The bytes that the kernel decodes are not verified: the
+    /// caller must compare them with the hashes before another process reads them, and the packs must not change
+    /// afterwards.
     ///
     /// # Errors
-    /// Returns [`Code::Damage`](crate::error::Code) if a table is damaged, the errors of [`Store::check_reachable`], and
-    /// an error if the template has too many or too large packs.
+    /// Returns [`Code::Damage`](crate::error::Code) if a table is damaged, the errors of [`Store::check_reachable`],
+    /// and an error if the template has too many or too large packs.
     pub fn kernel_image(&self, file: usize) -> Result<Vec<u8>> {
         let size = self.files().get(file).map_or(0, |f| f.size.get());
         let (devices, extents) = self.with_places(file, |places| {
@@ -152,7 +153,7 @@ impl Devices<'_> {
 }
 
 fn push_zeros(extents: &mut Vec<Extent>, start: u64) {
-    // Zeros last until the next extent.
+    // An extent of zeros reaches to the next extent.
     if extents.last().is_none_or(|last| last.record.is_some()) {
         extents.push(Extent { start, record: None });
     }

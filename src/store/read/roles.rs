@@ -1,4 +1,4 @@
-//! Which file of a template is the guest's memory, and which one its device state. The only place that decides it.
+//! Which file of a template is the guest's memory, and which file is its device state. No other module decides this.
 //!
 //! * The memory is the only file of kind ram, or the one with the name `memory` of several.
 //! * The device state is the blob with the name `state`, or else the first blob that begins with the header of a

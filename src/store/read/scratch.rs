@@ -32,7 +32,7 @@ impl Scratch {
         hash: &Digest,
     ) -> Result<&[u8]> {
         let Scratch { buffer, decoder, plain, .. } = self;
-        // A verification reads the disk, not what an earlier read has left.
+        // A verification reads from the disk and not from the buffer of an earlier read.
         buffer.forget();
         let record = pack.record(stored, stored.range().end, buffer)?;
         check(decoder, plain, record, stored, hash).map_err(|why| pack.mismatch(stored, &why))?;

@@ -163,7 +163,7 @@ impl Template {
         if !Arc::ptr_eq(&current, old) {
             return Some(current);
         }
-        // Opened without the lock: a store that hangs must not block readers of cached blocks.
+        // The placement is opened without the lock: a store that hangs must not block readers of cached blocks.
         let (front, values, rows) = open_placement(&self.placement_path(), &self.digest).ok()?;
         let image = open_image(&self.directory().join("image"), &self.digest, &front, values);
         let image = image.ok().map(|(_, image)| image).filter(|image| !image.is_same_file(&old.image));
@@ -335,8 +335,8 @@ impl Template {
         self.with_tables(|tables| self.stored(tables, number))
     }
 
-    /// Passes the hashes and places of all blocks of a file to `work`, in order and from the same version of the tables,
-    /// and returns its result. If a table turns out to be outdated, `work` is called again.
+    /// Passes the hashes and places of all blocks of a file to `work`, in order and from the same version of the
+    /// tables, and returns its result. If a table turns out to be outdated, `work` is called again.
     pub(in crate::store) fn with_places<T>(
         &self,
         file: usize,
@@ -413,8 +413,8 @@ impl Template {
         Ok(ranges)
     }
 
-    /// Returns the blocks of a file that are not zero, as byte ranges in ascending order. The last range can end beyond the
-    /// end of the file.
+    /// Returns the blocks of a file that are not zero, as byte ranges in ascending order. The last range can end beyond
+    /// the end of the file.
     ///
     /// # Errors
     /// Same as [`Template::data_ranges`].

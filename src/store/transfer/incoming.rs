@@ -63,7 +63,7 @@ impl Incoming {
         source.exact(&mut bytes[MAGIC.len()..], "the header")?;
         let invalid = |e: Invalid| in_stream(name, e);
         let length = StreamFront::peek(&bytes).map_err(invalid)? as usize;
-        // In steps, so that memory use is bounded by the received bytes, not by the announced length.
+        // The buffer grows in steps, so that memory use is bounded by the received bytes, not by the announced length.
         while bytes.len() < length {
             let (have, more) = (bytes.len(), (length - bytes.len()).min(BUFFER));
             bytes.resize(have + more, 0);

@@ -58,7 +58,8 @@ pub struct LoadedTemplate {
     pub tags: Vec<TagName>,
     /// Files of the template.
     pub files: Vec<TemplateFile>,
-    /// True if the store already had this content; the template then keeps its mode, owner, labels, recipe and working sets.
+    /// True if the store already had this content; the template then keeps its mode, owner, labels, recipe and working
+    /// sets.
     pub existed: bool,
     /// Tags that pointed at other templates before.
     pub moved: Vec<Moved>,
@@ -377,7 +378,7 @@ fn receive_template(
         let now = left.min(SEGMENT) as usize;
         source.exact(&mut part[..now], &what)?;
         if head.is_empty() {
-            // The header is not trusted before the image's hash is verified, but an impossible image is not written.
+            // An impossible image is not written. The header is trusted only after the image's hash is verified.
             head = part[..now].to_vec();
             let header = ImageHeader::decode(&head).map_err(|e| source.invalid(e, &what))?;
             if header.image_length() != template.image_length {

@@ -174,8 +174,8 @@ struct Inspected {
 }
 
 impl Inspected {
-    /// Reads all data that the store's template references and the new one does not. The data that both reference was
-    /// read or written by this import, or is unchanged data of a diff's base, which no import reads.
+    /// Reads all data that the store's template references and the new template does not. The data that both reference
+    /// was read or written by this import, or is unchanged data of a diff's base, which no import reads.
     fn inspect(store: &Store, new: &Finished<'_>, index: &BlockIndex) -> Inspected {
         let state = StoreState::read(store, &new.digest);
         let read = || {

@@ -11,11 +11,11 @@ use crate::sys::process::threads;
 /// Blocks in a batch, the unit of parallel work: 1 MiB is read, hashed and compressed at a time.
 pub(in crate::store) const BATCH_BLOCKS: usize = 16;
 
-/// Passes each item that `make` sends through `work` on all cores to `take`, in the order of `make`. `state` creates
-/// the state that a worker reuses between items.
+/// Passes each item that `make` sends to `work`, on all cores, and each result to `take`, in the order of `make`.
+/// `state` creates the state that a worker reuses between items.
 ///
-/// The number of items in flight is bounded. The first error in that order, also of a panic in `make` or `work`, stops
-/// the work: later sends fail, and `stop` is set, so that a `make` that waits for an external event can return.
+/// The number of items in flight is bounded. The first error in that order, or a panic in `make` or `work`, stops the
+/// work: later sends fail, and `stop` is set, so that a `make` that waits for an external event can return.
 pub(in crate::store) fn ordered<S, I: Send, O: Send>(
     stop: &AtomicBool,
     make: impl FnOnce(&mut dyn FnMut(I) -> Result<()>) -> Result<()> + Send,
@@ -57,7 +57,7 @@ pub(in crate::store) fn ordered<S, I: Send, O: Send>(
         threads::start_scoped(scope, move || {
             let mut number = 0;
             let mut send = |piece| {
-                // Fails after another error, which is the one that the caller gets.
+                // Fails after an earlier error, and the caller gets the earlier error.
                 let sent = permits.recv().is_ok() && to_workers.send((number, piece)).is_ok();
                 number += 1;
                 if sent { Ok(()) } else { Err(Error::failed("stopped")) }

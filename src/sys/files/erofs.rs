@@ -1,7 +1,7 @@
 //! EROFS mounts without a path: the kernel decompresses a file out of other files.
 //!
-//! The metadata and the data are regular files (file-backed mounts, Linux 6.12). The mount lasts as long as a file of it
-//! is open, or registered as a FUSE backing.
+//! The metadata and the data are regular files (file-backed mounts, Linux 6.12). The mount lasts as long as a file of
+//! it is open, or registered as a FUSE backing.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread::sleep;
@@ -64,7 +64,7 @@ fn mount_with(metadata: impl AsFd, devices: &[impl AsFd], read_ahead: Option<Byt
             Ok(false) => "several EROFS file systems were mounted at the same time".to_owned(),
             Err(error) => error.to_string(),
         };
-        log::warn!("cannot set the read-ahead of kernel decode, using the kernel's default: {why}");
+        log::warn!("cannot set the read-ahead of kernel decode, so the kernel's default applies: {why}");
         return Ok(root);
     }
 }

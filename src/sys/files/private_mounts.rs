@@ -1,5 +1,5 @@
 //! Bind mounts in a mount namespace that only this process and its children see. Mounts that a child has copied into a
-//! namespace of its own stay until its last process ends.
+//! new namespace stay until the last process of that namespace ends.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -44,7 +44,7 @@ pub fn wait_readable(
     loop {
         check()?;
         match poll_for(&mut [PollFd::new(file, PollFlags::IN)], Some(INTERVAL)) {
-            // Checked after the poll, so that data counts that arrived while this process was stopped.
+            // The limit is checked after the poll, so that data counts that arrived while this process was stopped.
             Ok(0) if limit.is_some_and(|limit| start.elapsed() >= limit) => return Ok(false),
             Ok(0) | Err(Errno::INTR) => {}
             Ok(_) => return Ok(true),

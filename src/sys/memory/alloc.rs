@@ -45,8 +45,8 @@ unsafe impl GlobalAlloc for ExitOnOom {
     }
 }
 
-/// Makes all threads allocate from one heap, for a process whose threads do the same work in turn: with a heap for each,
-/// every heap grows to the size of the largest request. Call this before other threads are started.
+/// Makes all threads allocate from one heap, for a process whose threads do the same work in turn: with a heap for each
+/// thread, every heap grows to the size of the largest request. Call this before other threads are started.
 pub fn use_one_heap() {
     // SAFETY: mallopt(3) changes parameters of the allocator, under its own lock. A refusal has no effect.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };

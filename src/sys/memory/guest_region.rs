@@ -17,11 +17,11 @@ use crate::units::{MemoryOffset, PAGE_SIZE, to_usize};
 /// that the memory stays mapped while the region exists.
 ///
 /// The kernel keeps this bitmap in the page tables: the first store to a page of a private mapping copies the page,
-/// whether the store is of a vCPU, of a device model or of vhost. So [`mark_dirty`](Bitmap::mark_dirty) has nothing to
-/// do, and [`dirty_at`](Bitmap::dirty_at) asks the kernel with one `PAGEMAP_SCAN`.
+/// whether a vCPU, a device model or vhost makes the store. So [`mark_dirty`](Bitmap::mark_dirty) has nothing to do,
+/// and [`dirty_at`](Bitmap::dirty_at) asks the kernel with one `PAGEMAP_SCAN`.
 ///
-/// A page stays dirty until it is unmapped: the pages differ from those of the template, not from those at a point in
-/// time. For the rounds of a live migration, use `KVM_GET_DIRTY_LOG` and an `AtomicBitmap`.
+/// A page stays dirty until it is unmapped: dirty means different from the template, not changed since a point in time.
+/// For the rounds of a live migration, use `KVM_GET_DIRTY_LOG` and an `AtomicBitmap`.
 ///
 /// Every page counts as dirty if the kernel has no answer: in shared memory, whose writes go to the file and copy
 /// nothing, and after an error of the system call.
@@ -31,7 +31,7 @@ pub struct CopiedPages {
     pagemap: Pagemap,
     /// Addresses of the region, page-aligned and inside the mapping.
     range: Range<u64>,
-    /// What must live as long as the mapping is used.
+    /// The owner of the memory, which must live as long as the mapping is used.
     _owner: Arc<dyn Debug + Send + Sync>,
 }
 

@@ -194,7 +194,7 @@ impl Mapping {
     }
 
     /// Maps private anonymous memory over a part of a private writable mapping, given as byte offsets. The part is then
-    /// zero. `reserve` as in the request.
+    /// zero. `reserve` has the same meaning as in the request.
     ///
     /// # Errors
     /// Returns `InvalidInput` for a part that is not page-aligned or outside of the mapping, or if the mapping is

@@ -295,9 +295,9 @@ impl Pagemap {
     }
 
     /// Returns the copied pages of `range`, present or in swap, in ascending order. The result needs no prior setup
-    /// and, with `CAP_SYS_ADMIN`, is exact. Markers of userfaultfd and guard regions look like swap to a scan; they are identified by their
-    /// pagemap entries, whose content the kernel shows only with `CAP_SYS_ADMIN`. Without it, they count as copied pages in
-    /// swap.
+    /// and, with `CAP_SYS_ADMIN`, is exact. Markers of userfaultfd and guard regions look like swap to a scan; they are
+    /// identified by their pagemap entries, whose content the kernel shows only with `CAP_SYS_ADMIN`. Without it, they
+    /// count as copied pages in swap.
     ///
     /// # Errors
     /// Same as [`Pagemap::scan`] and [`Pagemap::entries`].

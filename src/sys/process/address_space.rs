@@ -17,8 +17,9 @@ use crate::sys::process::tasks;
 const VM: libc::c_int = 1;
 
 /// Returns the distinct address spaces of the given processes, each as its list of processes, the oldest process first.
-/// The second value of each process is a thread that has its memory: the first thread may have exited. Only processes with the same key `K` (their `maps`) are compared; equal keys are common after fork(2). If a
-/// comparison exceeds [`SCAN_TIMEOUT`], the whole group of processes with that key is reported in `unseen`.
+/// The second value of each process is a thread that has its memory: the first thread may have exited. Only processes
+/// with the same key `K` (their `maps`) are compared; equal keys are common after fork(2). If a comparison exceeds
+/// [`SCAN_TIMEOUT`], the whole group of processes with that key is reported in `unseen`.
 ///
 /// # Errors
 /// Returns an error if kcmp(2) fails: the number of address spaces is then unknown.

@@ -71,8 +71,8 @@ pub fn memory_left(pid: u32) -> Option<Bytes> {
     left.min().map(Bytes::new)
 }
 
-/// Returns how many bytes one cgroup can still allocate below its limit, or `None` without a limit. Cached pages of files
-/// count as free: the kernel reclaims them before it kills a process. Pages of a tmpfs are not among them.
+/// Returns how many bytes one cgroup can still allocate below its limit, or `None` without a limit. Cached pages of
+/// files count as free: the kernel reclaims them before it kills a process. Pages of a tmpfs are not among them.
 fn left_in(directory: &Path) -> Option<u64> {
     let read = |name: &str| fs::read_to_string(directory.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<u64>().ok();

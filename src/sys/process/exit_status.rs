@@ -64,7 +64,7 @@ fn of_reaped(pidfd: impl AsFd) -> Option<ExitStatus> {
 
 fn of_zombie(process: ProcessId) -> Option<ExitStatus> {
     let status = procfs::exit_status_of_zombie(process.pid)?;
-    // Checked after the read: the pid has not been reused in the meantime.
+    // The identity is checked after the read: the pid has not been reused in the meantime.
     (ProcessId::of(process.pid).ok()?? == process).then(|| ExitStatus::of(status))
 }
 

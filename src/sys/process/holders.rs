@@ -361,7 +361,7 @@ fn inode_on(devices: &[u64], dir: &dyn AsFd, name: &Path) -> io::Result<Option<(
     }
 }
 
-/// Maps the errors of a process, thread or descriptor that no longer exists to `None`.
+/// Returns `None` for the errors of a process, thread or descriptor that no longer exists.
 fn unless_gone<T>(result: rustix::io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -407,7 +407,7 @@ mod tests {
         let gate = Arc::new((Mutex::new(false), Condvar::new()));
         let inside = Arc::clone(&gate);
         let start = Instant::now();
-        // Every third call blocks for ever, as on a lock.
+        // Every third call never returns, as if it waited for a lock.
         let looks = look_at_each((1..=90).collect(), Duration::from_millis(400), move |pid| {
             if pid % 3 == 0 {
                 let (open, changed) = &*inside;

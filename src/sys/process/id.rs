@@ -145,7 +145,7 @@ impl ProcessId {
     }
 }
 
-/// One thread of a process, which no later thread with the same number is mistaken for.
+/// One thread of a process. A later thread with the same number is not mistaken for this thread.
 #[derive(Debug)]
 pub struct Thread {
     tid: u32,
@@ -163,8 +163,8 @@ impl Thread {
 
     /// Sends a signal to this thread. Returns false if the thread has ended.
     ///
-    /// SIGSTOP stops all threads of the process. A signal to the process would be taken by any of its threads: until
-    /// then, this thread could return from the system call in which it waits and go on.
+    /// SIGSTOP stops all threads of the process. A signal to the process is taken by any of its threads: until that
+    /// happens, this thread could return from the system call in which it waits, and go on.
     ///
     /// # Errors
     /// Returns an error without permission to signal the process.

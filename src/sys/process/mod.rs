@@ -251,7 +251,8 @@ pub fn signal_name(number: i32) -> String {
 }
 
 /// Returns a descriptor that is readable after a child has terminated, until [`clear_child_exits`] reads it. Blocks
-/// SIGCHLD in the calling thread and in its later children. A wait for any child examines all children, so callers wait only after such an event.
+/// SIGCHLD in the calling thread and in its later children. A wait for any child examines all children, so callers wait
+/// only after such an event.
 ///
 /// # Errors
 /// Returns an error if a system call fails.

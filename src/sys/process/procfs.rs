@@ -48,7 +48,8 @@ impl MapLine {
         self.perms.ends_with('p')
     }
 
-    /// Returns true for memory that a VMM can have mapped over a template: private, anonymous, writable, without a name.
+    /// Returns true for memory that a VMM can have mapped over a template: private, anonymous, writable, without a
+    /// name.
     pub fn is_unnamed_memory(&self) -> bool {
         self.ino == 0 && self.path.is_empty() && self.perms.starts_with("rw") && self.is_private()
     }
@@ -407,7 +408,8 @@ pub fn read_text(path: &Path) -> Result<String> {
 
 fn read_lossy(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::with_capacity(16 << 10);
-    // Without a limit, `read_to_end` first asks for the size and the position of the file, which these files do not have.
+    // Without a limit, `read_to_end` first asks for the size and the position of the file, which these files do not
+    // have.
     fs::File::open(path)?.take(u64::MAX).read_to_end(&mut bytes)?;
     Ok(match String::from_utf8(bytes) {
         Ok(text) => text,

@@ -1,4 +1,4 @@
-//! Starts programs in sessions of their own, without a copy of this process's page tables.
+//! Starts programs in new sessions, without a copy of this process's page tables.
 //!
 //! A [`Command`](std::process::Command) that runs a function before the exec forks. A fork copies the page tables, and
 //! each later write of this process to its memory is a page fault. posix_spawn(3) of glibc starts the child in
@@ -121,13 +121,13 @@ impl Session {
             parts.duplicate(stream.as_raw_fd(), number)?;
         }
         for fd in &self.inherited {
-            // A duplicate under the same number only becomes inheritable.
+            // Duplicating a descriptor to its own number only makes the descriptor inheritable.
             parts.duplicate(fd.as_raw_fd(), fd.as_raw_fd())?;
         }
         close_others_on_exec()?;
         let mut pid = 0;
-        // SAFETY: the program, and each array and its elements, are terminated by zero, and live until the call returns,
-        // which is after the exec; the other arguments are initialised.
+        // SAFETY: the program, and each array and its elements, are terminated by zero, and live until the call
+        // returns, which is after the exec; the other arguments are initialised.
         let result = unsafe {
             libc::posix_spawnp(
                 &raw mut pid,

@@ -27,8 +27,8 @@ fn after_ticks(ticks: u64) -> Duration {
     Duration::from_millis(ticks.saturating_mul(1000) / rustix::param::clock_ticks_per_second().max(1))
 }
 
-/// Returns true if a thread certainly started after a time since boot: false within the same clock tick, and for a
-/// thread that has exited. Does not block.
+/// Returns true if a thread certainly started after a given time since boot. Returns false within the same clock tick,
+/// and for a thread that has exited. Does not block.
 ///
 /// # Errors
 /// Returns an error if `/proc/TID/stat` cannot be read.

@@ -22,7 +22,8 @@ impl Peer {
     /// # Errors
     /// Returns an error if the system call fails.
     pub fn of(socket: impl AsFd) -> io::Result<Peer> {
-        // Without rustix, whose result type cannot represent the pid 0 that stands for another PID namespace.
+        // The function of rustix is not used: its result type cannot represent the pid 0 that stands for another PID
+        // namespace.
         let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
         #[expect(clippy::cast_possible_truncation, reason = "12 bytes")]
         let mut length = size_of::<libc::ucred>() as libc::socklen_t;

@@ -87,7 +87,7 @@ impl Store {
             None => Some(self.lock_content_alone(interrupt)?),
         };
         let (sessions, swept) = sweep(&self.tmp_dir(), dry_run.is_some());
-        // An unconfirmed removal may be rolled back, and its template is not listed meanwhile.
+        // A removal that is not confirmed yet may be undone. Until then its template is not listed.
         let names = match dry_run {
             Some(_) => None,
             None => Some(self.lock_names_while(|| check(interrupt))?),
@@ -222,7 +222,7 @@ impl Run<'_> {
             let template = match self.store.template(digest) {
                 Ok(template) => template,
                 Err(_) => {
-                    // An unconfirmed removal may be rolled back, with the old placement.
+                    // A removal that is not confirmed yet may be undone. The template then has its old placement again.
                     let _names = self.store.lock_names_while(|| self.check())?;
                     match self.store.template(digest) {
                         Ok(template) => template,

@@ -29,9 +29,9 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the rewrite of packs that are at least half dead (unreferenced). The other packs may keep as many dead
-    /// bytes as one pack holds, or a tenth of all bytes; beyond that the packs with the largest dead share are
-    /// rewritten too.
+    /// Plans the rewrite of packs of which at least half is unreferenced (dead). All other packs together may keep as
+    /// many dead bytes as one pack holds, or a tenth of all bytes. If they hold more, the packs with the largest dead
+    /// share are rewritten too.
     ///
     /// With `all`, every pack with an unreferenced record is rewritten.
     pub fn of(packs: impl IntoIterator<Item = Share>, all: bool) -> Plan {
@@ -158,7 +158,8 @@ mod tests {
         let mut all: Vec<u8> = rounds.iter().flat_map(|round| numbers(round)).collect();
         all.sort_unstable();
         assert!(all.into_iter().eq(0..20), "each pack once");
-        // With space for at most two packs, one at a time; a single pack is tried with any amount of space.
+        // If there is space for at most two packs, one pack is rewritten at a time. A single pack is tried with any
+        // amount of space.
         let mut plan = halves(3);
         assert_eq!(
             [PACK_BYTES, 0, PACK_BYTES * 2].map(|available| plan.next_round(available).len()),

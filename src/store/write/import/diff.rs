@@ -80,7 +80,7 @@ impl BaseMemory {
 }
 
 /// Warning about a diff without a changed page of zeros: `cp` and `rsync -S` make holes of such pages, which cannot be
-/// told from the holes that Firecracker has left.
+/// distinguished from the holes that Firecracker has left.
 pub(super) const NO_ZERO_PAGE: &str = "no changed page of the diff is zero; if the file was copied with cp or rsync -S, \
                                        zero pages became holes and now have the base's content: import the original \
                                        file";
@@ -100,10 +100,10 @@ pub(super) fn check_diff(input: &Input, all_pages: bool) -> Result<()> {
         .hint("take the diff again, into a file on ext4, XFS or Btrfs; a copy would not bring the holes back"));
     }
     if input.hole_bytes()? == 0 && !all_pages {
-        return Err(Error::usage("the diff has no hole: all pages would be changed ones")
+        return Err(Error::usage("the diff has no hole: every page would count as changed")
             .at(input.origin())
             .hint(
-                "move the original diff here, or copy it with 'tar --sparse', which keeps its holes; import a diff \
+                "import the original diff, or a copy by 'tar --sparse', which keeps the holes; import a diff \
                  that really has every page with --all-pages, and a full snapshot without --base",
             ));
     }

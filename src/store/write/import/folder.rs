@@ -25,7 +25,7 @@ const EXPECTED: &str = "name a directory with a Firecracker snapshot (a state fi
                         or a directory of such directories; import other files one by one: stencil import MEMORY NAME \
                         --file NAME=PATH";
 
-/// Most file names in an error message.
+/// Largest number of file names in an error message.
 const MAX_NAMES: usize = 8;
 
 /// The contents of a directory.
@@ -95,8 +95,8 @@ struct Found {
 }
 
 impl Folder {
-    /// Lists the directory at `path`, and recognizes its files unless it has only directories. Files with the name of
-    /// one in `given` are passed over, and one of kind ram there may be the memory.
+    /// Lists the directory at `path`, and recognizes its files unless it has only directories. A file with the same
+    /// name as a file in `given` is skipped. A file of kind ram in `given` may be the memory.
     ///
     /// # Errors
     /// Returns a usage error that names the object if the directory has anything but files of a known snapshot or
@@ -125,7 +125,8 @@ impl Folder {
             let path = directory.path_of(&name);
             let refuse = |what: &str| {
                 Err(Error::usage(format!("cannot import {what} from a snapshot directory")).at(&path).hint(
-                    "move it out of the directory, or import the files one by one with --state and --file NAME=PATH",
+                    "move this object out of the directory, or import the files one by one with --state and \
+                     --file NAME=PATH",
                 ))
             };
             let Some(text) = name.to_str() else { return refuse("a file whose name is not UTF-8") };
@@ -144,7 +145,7 @@ impl Folder {
             (false, Some(folder)) => {
                 return Err(Error::usage("cannot import a directory that has both files and directories")
                     .at(directory.path_of(folder))
-                    .hint("move the directory out of it: a snapshot has only files"));
+                    .hint("move the subdirectories out of the directory: a snapshot has only files"));
             }
             _ => {}
         }
@@ -270,14 +271,14 @@ fn firecracker_memory<'a>(
         [memory] => Ok(&memory.name),
         [] => Err((
             format!(
-                "no memory file in {}: the state is '{}', and no other file has whole MiB",
+                "no memory file in {}: the state is '{}', and no other file has a size of whole MiB",
                 quoted(&names),
                 state.name
             ),
             "check that the memory file is complete, or name it: --file NAME=PATH".into(),
         )),
         [one, two, ..] => Err((
-            format!("ambiguous memory: '{}' and '{}' both have whole MiB", one.name, two.name),
+            format!("ambiguous memory: '{}' and '{}' both have a size of whole MiB", one.name, two.name),
             "name the memory file with --file NAME=PATH, and the other one with --file NAME=PATH,kind=blob"
                 .into(),
         )),
@@ -322,7 +323,7 @@ mod tests {
             (vec![file("s", 99, STATE), file("m", MIB + 4096, b"")], "no memory file"),
             (
                 vec![file("s", 99, STATE), file("m", MIB, b""), file("n", MIB, b"")],
-                "'m' and 'n' both have whole MiB",
+                "'m' and 'n' both have a size of whole MiB",
             ),
             (vec![file("s", 99, STATE), file("t", 99, STATE), file("n", MIB, b"")], "'s' and 't'"),
             (

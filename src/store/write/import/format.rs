@@ -62,7 +62,7 @@ fn firecracker_state(input: &Input) -> Result<Vec<String>> {
 }
 
 /// Firecracker writes every byte of a full snapshot, except unplugged hotpluggable memory. Holes therefore mean that
-/// pages are missing, or the file cannot be told from one with missing pages.
+/// pages are missing, or the file cannot be distinguished from a file with missing pages.
 fn firecracker_memory(input: &Input) -> Result<()> {
     let Some(size) = input.size() else { return Err(from_a_pipe(input)) };
     if !size.is_multiple_of(1 << 20) {
@@ -75,8 +75,8 @@ fn firecracker_memory(input: &Input) -> Result<()> {
         return Ok(());
     }
     Err(Error::usage(format!(
-        "{holes} of {size} bytes of the memory file are holes: the file is a diff snapshot, or a full one that has \
-         unplugged memory or was copied sparsely"
+        "{holes} of {size} bytes of the memory file are holes: the file is a diff snapshot, or a full snapshot \
+         that has unplugged memory or was copied sparsely"
     ))
     .at(input.origin())
     .hint(

@@ -22,9 +22,9 @@ use crate::units::{PAGE_SIZE, to_usize};
 pub(super) struct Input {
     pub name: String,
     pub kind: FileKind,
-    /// Reject a source in a known format that is not plain RAM, even from a pipe.
+    /// True if a source in a known format that is not plain RAM must be rejected, even from a pipe.
     pub must_be_plain: bool,
-    /// Holes are the pages of the base, not zeros.
+    /// True if a hole stands for pages of the base, and not for zeros.
     pub is_diff: bool,
     /// Path or file name for error messages.
     origin: String,
@@ -253,7 +253,8 @@ impl Input {
 
     pub fn changed(&self, how: &str) -> Error {
         Error::failed(format!("the source {how} while being read")).at(Path::new(&self.origin)).hint(
-            "stop writing to the source (pause the guest), then import it again; nothing of this template was stored",
+            "stop writing to the source (pause the guest), then import the source again; nothing of this \
+             template was stored",
         )
     }
 

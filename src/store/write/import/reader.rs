@@ -169,8 +169,8 @@ fn read_stream(
             match file.read(&mut batch.plain[have..]) {
                 Ok(0) => break,
                 Ok(count) => have += count,
-                // The pipe is nonblocking: opened so, or set so by another process that shares the open file
-                // description.
+                // The pipe is nonblocking: it was opened with this flag, or another process that shares the open file
+                // description has set the flag.
                 Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(e) => return Err(input.fail(e)),
             }

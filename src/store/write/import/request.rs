@@ -243,7 +243,7 @@ pub struct Imported {
     /// Number of pages of a diff that are not the base's.
     #[serde(skip)]
     pub changed_pages: Option<PageCount>,
-    /// What the user should know about the sources. The JSON of each command has them beside this object.
+    /// Warnings about the sources. The JSON of each command has them beside this object.
     #[serde(skip)]
     pub warnings: Vec<String>,
 }

@@ -18,7 +18,7 @@ pub(super) struct Written {
     pub packed: Packed,
     /// Number of pages of a diff that are not the base's.
     pub changed_pages: PageCount,
-    /// One of these pages is zero.
+    /// True if one of these pages is zero.
     pub has_zero_page: bool,
 }
 

@@ -9,7 +9,8 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 
 /// Maximum number of attempts to resolve a name. The kernel returns `EAGAIN` if a concurrent rename may have affected
-/// the resolution (openat2(2)), where a retry helps, and also for a file under a conflicting lease, where none helps.
+/// the resolution (openat2(2)), where a retry helps, and also for a file under a conflicting lease, where no retry
+/// helps.
 const MAX_ATTEMPTS: usize = 64;
 
 pub const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);

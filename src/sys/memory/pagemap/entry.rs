@@ -28,8 +28,8 @@ impl Entry {
         self.0 >> 61 & 1 == 1
     }
 
-    /// Returns true if one page table entry of all processes maps the page. If the kernel does not count the entries of
-    /// each page, false for some of these pages (`CONFIG_NO_PAGE_MAPCOUNT`).
+    /// Returns true if exactly one page table entry, over all processes, maps the page. If the kernel does not count
+    /// the entries of each page (`CONFIG_NO_PAGE_MAPCOUNT`), returns false for some of these pages.
     pub fn is_exclusive(self) -> bool {
         self.0 >> 56 & 1 == 1
     }

@@ -25,7 +25,7 @@ pub struct Global {
     /// Print one JSON object instead of text
     #[arg(long, global = true)]
     pub json: bool,
-    /// Report progress on standard error: auto (a bar, on a terminal) or json (one JSON object a line)
+    /// Report progress on standard error: auto (a bar, on a terminal) or json (one JSON object per line)
     #[arg(long, global = true, value_name = "FORM", default_value = "auto", hide_possible_values = true)]
     pub progress: Form,
     /// Print only results and errors

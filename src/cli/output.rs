@@ -163,8 +163,8 @@ pub fn print_error(prefix: &str, error: &Error) {
     print_line!("{prefix}hint: {}", sanitize(remedy(error)));
 }
 
-/// Starts logging to standard error from this level on, unless `STENCIL_LOG` sets another level. `daemon` is the form of
-/// the log of a command that runs until it is stopped.
+/// Starts logging to standard error from this level on, unless `STENCIL_LOG` sets another level. `daemon` is the form
+/// of the log of a command that runs until it is stopped.
 pub fn start_log(level: &str, daemon: Option<LogFormat>) {
     let mut log = env_logger::Builder::from_env(env_logger::Env::default().filter_or("STENCIL_LOG", level));
     match daemon {

@@ -39,7 +39,8 @@ pub fn report(error: &clap::Error, cli: &mut clap::Command) -> ExitCode {
         _ if json => {
             return fail(&usage_error(&error.render().to_string()), true);
         }
-        // The parser counts an option that a variable sets as an argument. The call is the command alone nevertheless.
+        // The parser counts an option that an environment variable sets as an argument, even if the user typed the
+        // command alone.
         ErrorKind::MissingSubcommand => match alone(error, cli) {
             Some(command) => drop(write!(io::stderr(), "{}", command.render_help())),
             None => drop(error.print()),

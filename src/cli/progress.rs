@@ -18,7 +18,7 @@ const LINE_INTERVAL: Duration = Duration::from_millis(200);
 pub enum Form {
     /// A bar, if standard error is a terminal
     Auto,
-    /// JSON objects, one a line
+    /// JSON objects, one per line
     Json,
 }
 

@@ -1,5 +1,5 @@
-//! The effect of `--store` on commands about processes and mounts: with the option, only those of that store; without
-//! it, those of every store.
+//! The effect of `--store` on commands about processes and mounts: with the option, a command covers only those of that
+//! store; without the option, those of every store.
 
 use std::path::{Path, PathBuf};
 

@@ -44,7 +44,7 @@ pub struct Inodes {
     /// The files by inode number alone, in the first mount that has them.
     numbers: HashMap<u64, Arc<ServedFile>>,
     devices: Vec<u64>,
-    /// The store of each mount; empty for a list of some templates.
+    /// The store of each mount; empty for a list that has only some templates of one store.
     stores: Vec<Store>,
 }
 
@@ -85,7 +85,7 @@ impl Inodes {
             for digest in store.digests()? {
                 let template = match store.template(&digest) {
                     Ok(template) => template,
-                    // Removed since the digests were read, or damaged; `verify` reports damage.
+                    // The template was removed since the digests were read, or is damaged; `verify` reports damage.
                     Err(error) => {
                         log::warn!("skipping template {digest}: {error}");
                         continue;
@@ -112,7 +112,8 @@ impl Inodes {
         inodes
     }
 
-    /// Creates an empty list for these mounts. A search for it checks whether every process can be inspected.
+    /// Creates an empty list for these mounts. A search with an empty list checks whether every process can be
+    /// inspected.
     pub fn on(mounts: &[Mount]) -> Inodes {
         Inodes { devices: mounts.iter().map(|mount| mount.device).collect(), ..Inodes::default() }
     }
@@ -238,7 +239,7 @@ pub struct CloneProcess {
     pub others: Vec<ProcessId>,
     /// Addresses of data and code pages of the kernel (`[vvar]`, `[vdso]`).
     pub kernel_pages: Vec<Range<u64>>,
-    /// A thread that has the memory of the process.
+    /// A thread through which `/proc` shows the memory of the process: the first thread may have exited.
     thread: u32,
 }
 
@@ -309,8 +310,8 @@ pub fn template_mappings(mounts: &[Mount]) -> Result<Search> {
     search(&Inodes::of(mounts)?)
 }
 
-/// Returns every process that maps one of these inodes, except this one: a command maps a template only to measure or to
-/// warm the template.
+/// Returns every process that maps one of these inodes, except this one: a command maps a template only to measure or
+/// to warm the template.
 ///
 /// # Errors
 /// Returns an error if `/proc` cannot be listed.

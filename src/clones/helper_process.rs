@@ -15,7 +15,7 @@ pub fn this_program() -> Command {
     command
 }
 
-/// Same as [`this_program`], for a session of its own.
+/// Same as [`this_program`], in a new session.
 pub fn session() -> Session {
     let mut session = Session::new(THIS_PROGRAM);
     session.current_dir("/").env("STENCIL_RUNTIME_DIR", registry::runtime_root());

@@ -49,7 +49,7 @@ struct Hidden {
     templates: Templates,
 }
 
-/// The templates of a removal; the reason for one that cannot be opened.
+/// The templates of a removal; an error for each template that cannot be opened.
 type Templates = BTreeMap<Digest, std::result::Result<Template, String>>;
 
 /// Removes the template that `reference` names. If the reference is a tag and the template has other tags, only the tag
@@ -96,8 +96,8 @@ pub fn remove(store: &Store, reference: &TemplateRef) -> Result<Removed> {
     }
 }
 
-/// Removes the templates that have no tag and are not in use, at most [`BATCH`]. Returns for each whether this call
-/// removed it: false if the template has a tag or another command removed it.
+/// Removes the templates that have no tag and are not in use, at most [`BATCH`]. Returns for each template whether this
+/// call removed the template: false if the template has a tag or another command removed the template.
 ///
 /// # Errors
 /// Returns an error if the store cannot be read or written, or a mount does not respond; for one template the same
@@ -120,8 +120,8 @@ impl Hidden {
     /// Hides the templates that are not in use.
     fn hide(store: &Store, digests: &[Digest]) -> Result<(Hidden, Refused)> {
         let mut mark = RemovalMark::announce(store, digests)?;
-        // Templates that are leased or used by a process now are not hidden. A template whose use only the kernel knows,
-        // or that is used from now on, is hidden until it is released below.
+        // Templates that are leased or used by a process now are not hidden. A template whose use only the kernel
+        // knows, or that is used from now on, is hidden until it is released below.
         let (templates, mut refused) = unused_of(store, digests)?;
         refused.iter().for_each(|(digest, _)| mark.end_for(digest));
         let condemned = Condemnation::new(templates.keys().copied().collect());

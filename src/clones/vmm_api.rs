@@ -157,7 +157,7 @@ impl Api {
         if self.lost {
             return Err(self.lost(request, io::ErrorKind::NotConnected.into()));
         }
-        // Reset by a complete reply.
+        // A complete reply resets the flag.
         self.lost = true;
         self.stream.write_all(text.as_bytes()).map_err(|e| self.lost(request, e))
     }
@@ -220,13 +220,13 @@ impl Api {
 
     fn lost(&self, request: &str, e: io::Error) -> Error {
         let vmm = self.server.name();
-        Error::io(format!("cannot exchange {request} with {vmm}"), &self.path, e)
+        Error::io(format!("the connection to {vmm} was lost during {request}"), &self.path, e)
             .hint(format!("check whether {vmm} still runs, and see its log"))
     }
 }
 
-/// Returns the reason in the body of a refusal: Firecracker's `fault_message`, or Cloud Hypervisor's list of errors, from
-/// the effect to the cause.
+/// Returns the reason in the body of a refusal: Firecracker's `fault_message`, or Cloud Hypervisor's list of errors,
+/// from the effect to the cause.
 fn reason(body: &Value) -> String {
     match (body["fault_message"].as_str(), body.as_array()) {
         (Some(text), _) => text.to_owned(),

@@ -1,5 +1,5 @@
-//! Zero memory: anonymous memory of a process in place of template pages that are zero. Stencil's own memory backend maps
-//! long runs of zeros so; the balloon of Firecracker can have the same effect.
+//! Zero memory: anonymous memory of a process in place of template pages that are zero. Stencil's own memory backend
+//! maps long runs of zeros in this way; the balloon of Firecracker can have the same effect.
 //!
 //! Such a page has the bytes of the template until the process writes the page. So the accounting treats zero memory as
 //! a part of the template mapping: a page that is present or in swap, and not the kernel's zero page, is a copied page.
@@ -38,7 +38,8 @@ impl<'a> ZeroMemory<'a> {
     }
 
     /// Adds the zero memory of a process to its template mappings, which are in the order of their addresses. `lines`
-    /// returns all mappings of the process, also by address; it is called only if there is a gap to look at.
+    /// returns all mappings of the process, also in the order of their addresses. It is called only if there is a gap
+    /// between the mappings.
     ///
     /// # Errors
     /// Returns an error if the tables of a template cannot be read, or the error of `lines`.
@@ -63,7 +64,7 @@ impl<'a> ZeroMemory<'a> {
         let template = self.inodes.store(map.mount).map(|store| store.template(&map.digest));
         let zeros = match template {
             Some(Err(error)) if error.code() != Code::NotFound => return Err(error),
-            // Removed meanwhile. All anonymous memory in the gaps then counts as replaced.
+            // The template was removed meanwhile. All anonymous memory in the gaps then counts as replaced.
             Some(Err(_)) | None => Vec::new(),
             Some(Ok(template)) => {
                 // The rest of the last page of the file is zero too.
@@ -102,8 +103,8 @@ fn parts(
     Ok(found)
 }
 
-/// Returns the address ranges between two parts of one mapping (the same distance between address and file offset), each
-/// with the part before the range.
+/// Returns the address ranges between two parts of one mapping (the same distance between address and file offset),
+/// each with the part before the range.
 fn gaps(maps: &[TemplateMapping]) -> impl Iterator<Item = (&TemplateMapping, Range<u64>)> {
     maps.windows(2).filter_map(move |pair| {
         let [before, behind] = pair else { return None };
@@ -114,8 +115,8 @@ fn gaps(maps: &[TemplateMapping]) -> impl Iterator<Item = (&TemplateMapping, Ran
     })
 }
 
-/// Returns the parts of an address range that are private anonymous memory without a name, whatever the process may do with
-/// it now: a change of the protection (mprotect) does not change the bytes.
+/// Returns the parts of an address range that are private anonymous memory without a name, whatever the process may do
+/// with it now: a change of the protection (mprotect) does not change the bytes.
 fn unnamed_memory(lines: &[MapLine], range: &Range<u64>) -> Vec<Range<u64>> {
     let first = lines.partition_point(|line| line.end <= range.start);
     let lines = lines[first..].iter().take_while(|line| line.start < range.end);

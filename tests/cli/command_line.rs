@@ -53,7 +53,8 @@ fn json_mode_prints_errors_as_json() {
     assert!(reply["error"]["message"].as_str().unwrap().contains("--no-such-option"));
 }
 
-/// What the parser lists on lines of its own: missing arguments, possible values, arguments in conflict, similar names.
+/// Details that the parser prints on separate lines: missing arguments, possible values, arguments in conflict, similar
+/// names.
 #[test]
 fn json_usage_errors_have_all_words_of_the_parser() {
     for (command, message, remedy) in [

@@ -153,7 +153,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     replies
 }
 
-/// Returns the digests and tags in a reply that stand in fields with another name than those for references.
+/// Returns the digests and tags of a reply that are in other fields than those for references.
 fn misplaced_references(field: &str, value: &Value, out: &mut Vec<String>) {
     match value {
         Value::Object(fields) => {

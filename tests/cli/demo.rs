@@ -255,7 +255,7 @@ fn unit_tests_have_neither_root_nor_fuse_nor_kvm() {
         let mut command = Command::new(script("support/unprivileged.sh"));
         command.arg(&program).args(["-c", line]).output().unwrap()
     };
-    // Nobody cannot reach the program by its path: it is run by a descriptor.
+    // The user nobody cannot reach the program by its path, so the program is run through a descriptor.
     let user = unit("id -un; grep CapBnd /proc/self/status; echo x >$TMPDIR/file; cat $TMPDIR/file");
     assert_eq!(text(&user), "nobody\nCapBnd:\t0000000000000000\nx\n");
     for device in ["/dev/fuse", "/dev/kvm"] {

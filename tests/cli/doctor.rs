@@ -1,4 +1,4 @@
-//! `stencil doctor`: what it has not seen is unknown, and its last line is a verdict.
+//! `stencil doctor`: a property that it could not check is unknown, and its last line is a verdict.
 
 use std::fs::File;
 

@@ -1,4 +1,4 @@
-//! What users of other tools type: it works, or the error names the command to use.
+//! Commands and options of other tools: each works, or the error names the command to use.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -47,7 +47,7 @@ fn an_unknown_command_is_an_error_with_the_command_to_use() {
         let reply: Value = serde_json::from_str(&run.out).unwrap();
         assert_eq!(reply["error"]["remedy"], hint, "{reply:#}");
     }
-    // The commands of other tools are looked for at the place of commands only.
+    // A command of another tool is recognized only where a command is expected.
     for (word, hint) in [("edti", "use 'stencil recipe edit'"), ("create", "run 'stencil recipe --help'")] {
         let run = with(&[], &["recipe", word, "web:1"]).exits(2);
         assert!(run.err.contains(&format!("hint: {hint}")), "{}", run.err);

@@ -55,7 +55,7 @@ fn a_file_is_replaced_only_with_force_and_is_for_its_owner_alone() {
         assert!(err.contains("hint: ") && err.contains("--force"), "{err}");
         assert_eq!((fs::read(&out).unwrap(), mode(&out)), (b"precious".to_vec(), 0o644), "{command:?}");
 
-        // The target of a link is refused and replaced, not the link.
+        // If OUT is a symbolic link, the command refuses or replaces the target of the link and keeps the link.
         let target = world.dir().join("target");
         fs::rename(&out, &target).unwrap();
         symlink("target", &out).unwrap();
@@ -64,11 +64,11 @@ fn a_file_is_replaced_only_with_force_and_is_for_its_owner_alone() {
         assert!(fs::symlink_metadata(&out).unwrap().is_symlink());
         assert_eq!((fs::read(&target).unwrap() == written, mode(&target)), (true, 0o600), "{command:?}");
         fs::remove_file(&target).unwrap();
-        // A link to nothing is also in the way.
+        // A dangling link is refused too.
         assert_eq!(run(&[]).status.code(), Some(1), "{command:?}");
         assert!(fs::symlink_metadata(&out).unwrap().is_symlink() && !target.exists());
         fs::remove_file(&out).unwrap();
-        // What is not a file is written to.
+        // A device needs no `--force`.
         fs::remove_file(&target).unwrap_or_default();
         symlink("/dev/null", &out).unwrap();
         assert!(run(&[]).status.success(), "{command:?}");

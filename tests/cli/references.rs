@@ -1,4 +1,5 @@
-//! References to templates: what a command reports when a tag moves, and which tags it names when one does not exist.
+//! References to templates: the report of a command that moves a tag, and the existing tags in the error for an unknown
+//! tag.
 
 use std::fs;
 

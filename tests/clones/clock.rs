@@ -1,5 +1,5 @@
-//! The clocks of a guest that is resumed after its capture: the RTC shows the current time, the system clock does if a
-//! guest agent runs, and `stencil clone` reports which is the case.
+//! The clocks of a guest that is resumed after its capture: the RTC shows the current time. The system clock shows the
+//! current time only if a guest agent runs. `stencil clone` reports the state of the clocks.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,7 +15,8 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// Returns by how many seconds the RTC and the system clock of the guest behind a serial port lag the host.
+/// Returns how many seconds the RTC and the system clock of a guest are behind the clock of the host. The guest answers
+/// on this serial port.
 fn clock_lag(port: &Path) -> [i64; 2] {
     let reply = told(port, "clock");
     let fields: Vec<&str> = reply.split(' ').collect();

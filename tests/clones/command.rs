@@ -260,7 +260,7 @@ fn signal_launcher(signal: Signal, clone_args: &[&str]) {
     for round in 0..rounds {
         let mut launcher =
             world.command().args(clone_args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // From the start of the process to long after the last clone is ready.
+        // The delays range from the start of the process to long after the last clone is ready.
         std::thread::sleep(Duration::from_micros(500 * round * round % 150_000 + round * 1500));
         let pid = Pid::from_raw(launcher.id() as i32).unwrap();
         let _ = kill_process(pid, signal);

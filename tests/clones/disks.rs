@@ -81,7 +81,7 @@ fn disks_are_created_in_disk_dir_and_removed_with_the_clone() {
     fs::write(&foreign_file, "another user's file").unwrap();
     let script = format!("qemu-io -f qcow2 -c 'write 0 1M' {{disk:root}} && exec {MAP_TEMPLATE}");
     let clone = ["clone", "web", "-n", "3", "--disk-dir", "disks", "--", "sh", "-c", &script];
-    // Asserts that the directory has so many disks of clones besides the foreign file; returns all paths.
+    // Asserts that the directory has `count` disks of clones beside the foreign file; returns all paths.
     let assert_disks = |count: usize| {
         let found = overlays(&disks);
         assert_eq!(found.len(), count + 1, "{found:?}");

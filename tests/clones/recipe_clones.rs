@@ -34,7 +34,7 @@ fn count_of(line: &str) -> u64 {
     line.split(' ').next().unwrap().parse().unwrap()
 }
 
-/// Asserts that the heartbeats are numbered from 1 without gaps, and that there are at least so many.
+/// Asserts that the heartbeats are numbered from 1 without gaps, and that there are at least `at_least` of them.
 #[track_caller]
 fn assert_complete(beats: &[String], at_least: u64) {
     for (line, number) in beats.iter().zip(1..) {
@@ -134,7 +134,7 @@ fn soak_clones_have_separate_disks_ports_and_identities() {
     assert_eq!(digest_of("second"), blake3::hash(&fs::read(&raw).unwrap()).to_hex().to_string());
 
     world.mount(&["--serve", "auto"]).ok();
-    // As on most hosts, where /run is a tmpfs: records and overlays are in RAM.
+    // Records and overlays are in RAM, as on most hosts, where /run is a tmpfs.
     let in_memory = world.runtime_dir().join("clones");
     let _tmpfs = InMemory(&world, Some(Tmpfs::on(&in_memory)));
     // The file that the clones have open as the base image.
@@ -283,7 +283,7 @@ fn soak_a_killed_capture_returns_the_disk_to_the_vm() {
         finished += usize::from(capture.wait().unwrap().success());
         let end = std::time::Instant::now() + Duration::from_secs(60);
         loop {
-            // Not too often: a QMP socket serves one client at a time, and the helper needs the socket too.
+            // This loop connects rarely: a QMP socket serves one client at a time, and the helper needs the socket too.
             std::thread::sleep(Duration::from_millis(50));
             let Ok(mut qmp) = Qmp::connect(&guest.socket()) else { continue };
             let (status, disks, left) = (qmp.status().unwrap(), media(&mut qmp), overlays(world.dir()));

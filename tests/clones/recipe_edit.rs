@@ -57,7 +57,7 @@ fn recipe_edit_changes_a_recipe_or_leaves_it_untouched() {
         ),
         ("qmp.sock", "other.sock", "the launcher resumes clones through this QMP socket"),
         ("\"defer\"", "\"tcp:0:1\"", "missing -incoming defer"),
-        ("\"defer\"", "\"defer\",\"-daemonize\"", "-daemonize: the process of a clone must be the one that"),
+        ("\"defer\"", "\"defer\",\"-daemonize\"", "-daemonize: the launcher must start the process"),
         ("memory-backend=m", "usb=off", "the recipe does not use RAM file 'memory'"),
         ("id=q", "id={uid}", "{uid}: unknown placeholder"),
         ("\"qemu\"", "\"xen\"", "for 'xen', expected version 1 for 'qemu'"),

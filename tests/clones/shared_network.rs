@@ -1,4 +1,4 @@
-//! A guest on a bridge and its clones: the clones send no packet before they have their captured_port addresses.
+//! A guest on a bridge and its clones: the clones send no packet before they have their own addresses.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -29,7 +29,7 @@ fn private_network() -> Running {
     Running(child)
 }
 
-/// Returns the ports of the bridge, and the number of packets that the guest of each has sent.
+/// Returns the ports of the bridge, and the number of packets that the guest behind each port has sent.
 fn taps() -> Vec<(String, u64)> {
     let all: Value =
         serde_json::from_str(&run("ip", &["-j", "-s", "link", "show", "master", "br0"])).unwrap();

@@ -115,7 +115,7 @@ fn writes_to_rom_raise_sigsegv_and_copy_no_page() {
         let failed =
             world.stencil(&["clone", "vm", "-n", "2", "--simulate", "write=1p,file=firmware"]).exits(1);
         assert!(failed.err.contains("killed by SIGSEGV"), "{}", failed.err);
-        let message = "ROM file 'firmware', of which it had 0 private pages";
+        let message = "ROM file 'firmware'; before the write the clone had 0 private pages of the file";
         assert!(failed.err.contains(message), "{}", failed.err);
         assert_eq!(world.json(&["ps"])["clones"], Value::Array(vec![]));
 

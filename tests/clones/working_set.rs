@@ -1,4 +1,4 @@
-//! Working sets: what a recording has, what warming reads, and where sets are kept.
+//! Working sets: the pages of a recording, the pages that warming reads, and the storage of sets.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -56,7 +56,8 @@ impl World {
         let template = store.template(&self.digest.parse().unwrap()).unwrap();
         let file = self.mount.file(&self.digest, "memory");
         let (dir, files) = (file.parent().unwrap(), template.files());
-        // A page that was just read is in a list of the processor that read it, from which only that processor drops it.
+        // A page that was just read is in a list of the processor that read it, from which only that processor drops
+        // it.
         std::thread::scope(|scope| {
             let allowed = sched_getaffinity(None).unwrap();
             for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)) {
@@ -189,7 +190,7 @@ fn a_recording_of_a_living_clone_has_first_pages_first() {
     let record = world.mount.command().args(["working-set", "record", &own, "--for", "3600"]).spawn();
     let mut record = Recorder(record.unwrap());
     // The page must be touched after the first scan. The recorder opens /proc/PID/pagemap for that scan, and a later
-    // system call belongs to the next one.
+    // system call belongs to the next scan.
     wait_for("the recording to begin", || {
         let fds = std::fs::read_dir(format!("/proc/{}/fd", record.0.id())).ok()?;
         let links = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
@@ -211,7 +212,7 @@ fn a_recording_of_a_living_clone_has_first_pages_first() {
     assert_eq!(written.pages().get(), 0);
 }
 
-/// Returns how often a process has read a file: `/proc/PID/maps` in each look.
+/// Returns how often a process has read a file: `/proc/PID/maps` once in each scan.
 fn syscalls(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
     text.lines().find_map(|line| line.strip_prefix("syscr: ")).unwrap().parse().unwrap()

@@ -206,7 +206,7 @@ fn files_of_a_clone_are_private_and_not_replaced_by_mistake() {
     let run = world.stencil(&words).ok();
     assert!(run.out.ends_with(&format!("--restore source_url=file://{dir}\n")), "{}", run.out);
     for note in [
-        "unchanged, and opened by each clone: path /var/lib/web.raw of disks, tap tap0 of net",
+        "each clone opens the same host resources as the source VM: path /var/lib/web.raw of disks, tap tap0 of net",
         "51 or later",
     ] {
         assert!(run.err.contains(note), "{}", run.err);

@@ -20,7 +20,7 @@ use crate::support::vm::firecracker::{Firecracker, Serial, WRITTEN_PAGES, progra
 /// Number of clones.
 const CLONES: usize = 8;
 
-/// Number of kills of the server. The guests check 32 pages with each, all of 1024 in the end.
+/// Number of kills of the server. At each kill the guests check 32 pages; in the end they check all 1024.
 const KILLS: usize = 20;
 
 /// Boots a guest in the directory `source`. `more` are requests before the start.
@@ -121,7 +121,8 @@ fn clones_survive_server_kills(serve: &str) {
     for _ in 0..KILLS {
         // A server that answers no request before its end would be restarted after a pause.
         let file = File::open(&memory).unwrap();
-        // Pages that no guest has touched are read again: by decode, the server is killed while it reads.
+        // Pages that no guest has touched are read again. With `--serve decode`, the server is killed during such a
+        // READ.
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
         clones.iter_mut().for_each(|clone| clone.serial.send('m'));
         if serve != "decode" || drill.kill_when(Duration::from_millis(500), is_read).is_none() {

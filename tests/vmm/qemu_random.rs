@@ -62,8 +62,8 @@ const COMMON_KEYS: &[(&str, &[&str])] = &[
     ("x-use-canonical-path-for-ramblock-id", &["on", "off"]),
 ];
 
-/// Keys of memory-backend-file only. Without empty files: they are opened for writing, and where the open is read-only,
-/// Stencil differs from QEMU.
+/// Keys of memory-backend-file only. No file is empty: an empty file is opened for writing, and if the open is
+/// read-only, Stencil differs from QEMU.
 const FILE_KEYS: &[(&str, &[&str])] = &[
     (
         "mem-path",

@@ -51,7 +51,7 @@ fn mappings(world: &TestMount, qemu: &mut Running) -> Vec<(String, String, u64)>
     mappings_of(world, qemu, pid)
 }
 
-/// Same as [`mappings`] for a child of that process.
+/// Same as [`mappings`] for process `pid`, which `parent` has started.
 fn mappings_of(world: &TestMount, parent: &mut Running, pid: u32) -> Vec<(String, String, u64)> {
     let look = || {
         let log = fs::read_to_string(world.dir().join("qemu.log")).unwrap_or_default();
@@ -391,7 +391,7 @@ fn the_script_for_kata_accepts_its_forms_and_refuses_others() {
         command.args(words.split_ascii_whitespace()).current_dir(world.dir());
         command
     };
-    // A QEMU that is started by mistake would wait for ever.
+    // A QEMU that is started by mistake would never exit.
     let refused = |words: &str| {
         let mut command = Command::new("timeout");
         command.arg("30").arg(&script).args(words.split_ascii_whitespace());

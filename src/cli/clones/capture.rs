@@ -78,7 +78,7 @@ impl Report for CaptureReport {
                 let how = if *cloned { ", its RAM file was cloned" } else { "" };
                 writeln!(out, "the VM was paused for {:.0} ms{how}; it is {vm}", pause * 1000.0)?;
             }
-            None => writeln!(out, "the VM: {vm}")?,
+            None => writeln!(out, "state of the VM: {vm}")?,
         }
         warnings.iter().try_for_each(|warning| writeln!(out, "note: {warning}"))
     }

@@ -35,9 +35,9 @@ use crate::sys::process::session::Child;
 
 /// Launch clones of a template
 ///
-/// Without --simulate and without CMD, the launch recipe of the template is used; the snapshot of a Firecracker or Cloud
-/// Hypervisor is loaded by that program. The command returns when all clones are ready; the clones run until they exit or are stopped.
-/// If one clone fails to become ready, all clones of the call are removed.
+/// Without --simulate and without CMD, the launch recipe of the template is used; the snapshot of a Firecracker or
+/// Cloud Hypervisor is loaded by that program. The command returns when all clones are ready; the clones run until they
+/// exit or are stopped. If one clone fails to become ready, all clones of the call are removed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -61,10 +61,9 @@ pub struct CloneArgs {
     /// Keep the clones that become ready when others fail
     #[arg(long)]
     keep_going: bool,
-    /// Launch simulated clones, which map the memory and touch pages, instead of a VMM:
-    /// read=AMOUNT,write=AMOUNT, optionally with seed=N, file=NAME and prefault=written; an AMOUNT is a share (5%), pages
-    /// (1024p) or bytes (4M); prefault=written copies the pages of that file that all recordings of the working set have
-    /// written
+    /// Launch simulated clones, which map the memory and touch pages, instead of a VMM: read=AMOUNT,write=AMOUNT,
+    /// optionally with seed=N, file=NAME and prefault=written; an AMOUNT is a share (5%), pages (1024p) or bytes (4M);
+    /// prefault=written copies the pages of that file that all recordings of the working set have written
     #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
     simulate: Option<Simulate>,
     /// Directory for the disks of the clones; each disk is removed with its clone [default: the runtime directory of
@@ -210,7 +209,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     match kind {
         Kind::Qemu => warnings.push(clock_note(age, &launched.clocks)),
         Kind::Firecracker | Kind::CloudHypervisor => warnings.push(format!(
-            "the template is {} old, and the clocks of its clones are behind by the same time: see \
+            "the template is {0} old, and the clocks of its clones are {0} behind: see \
              docs/how-to/renew-clones.md",
             span(age)
         )),
@@ -250,8 +249,8 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
     })
 }
 
-/// Returns the VMM that resumes the clones: QEMU by the template's recipe, or the VMM that took the snapshot. Adds notes
-/// for the user.
+/// Returns the VMM that resumes the clones: QEMU by the template's recipe, or the VMM that took the snapshot. Adds
+/// notes for the user.
 fn vmm_of(args: &CloneArgs, target: &Target, store: &Store, notes: &mut Vec<String>) -> Result<How> {
     let mut served = target.served(store)?;
     if served.recipe.is_none() && served.is_of_firecracker() {
@@ -350,7 +349,9 @@ fn program(name: &Path) -> Result<PathBuf> {
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "not found in PATH"))
             .and_then(|path| path.canonicalize()),
     };
-    found.map_err(|e| Error::io("cannot find the program", name, e).hint("install it, or give its path"))
+    found.map_err(|e| {
+        Error::io("cannot find the program", name, e).hint("install the program, or give its path")
+    })
 }
 
 /// Parses `IFACE=DEVICE`.
@@ -404,9 +405,9 @@ fn clock_note(age: Duration, clocks: &[Clock]) -> String {
         None => "no guest agent runs",
     };
     let which = match set {
-        0 => "the system clocks of its clones are behind by the same time".to_owned(),
+        0 => format!("the system clocks of its clones are {age} behind"),
         _ => format!(
-            "guest agents have set the system clocks of {set} of {}; the others are behind by the same time",
+            "guest agents have set the system clocks of {set} of {}; the others are {age} behind",
             counted(clocks.len() as u64, "clone", "clones")
         ),
     };
@@ -475,10 +476,13 @@ mod tests {
     #[test]
     fn clock_note_says_which_clocks_are_behind_and_why() {
         let note = |clocks: &[Clock]| clock_note(Duration::from_secs(60), clocks);
-        let none = "the system clocks of its clones are behind by the same time";
+        let none = "the system clocks of its clones are 60 seconds behind";
         assert!(note(&[Clock::NoAgent]).contains(&format!("{none} (no guest agent runs)")));
         assert!(note(&[Clock::Refused("denied".into())]).contains(&format!("{none} (denied)")));
         let some = note(&[Clock::NoAgent, Clock::Set]);
-        assert!(some.contains("set the system clocks of 1 of 2 clones; the others are behind"), "{some}");
+        assert!(
+            some.contains("set the system clocks of 1 of 2 clones; the others are 60 seconds behind"),
+            "{some}"
+        );
     }
 }

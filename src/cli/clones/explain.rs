@@ -63,7 +63,7 @@ fn meaning(backend: &Backend) -> &'static str {
         }
         (Role::Rom, ..) => "read-only memory, shared by all processes that map the file",
         (Role::Ram, Shared, true) => {
-            "writable RAM: every write changes the file (use it to make a template, not to run clones)"
+            "writable RAM: every write changes the file (for making a template, not for running clones)"
         }
         (Role::Ram, Private, true) => {
             "writable RAM: a write copies its page, although the file is open for writing"

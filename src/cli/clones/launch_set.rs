@@ -32,8 +32,8 @@ pub struct LaunchSet {
     #[arg(long)]
     no_warm: bool,
     /// Record the pages that the clone uses during its launch and SECONDS after it, 10 by default, and add them to the
-    /// working set. Needs -n 1. The clone gets no huge pages, the working set is not read, and pages of the template that no
-    /// process maps leave the page cache first
+    /// working set. Needs -n 1. The clone gets no huge pages, the working set is not read, and pages of the template
+    /// that no process maps leave the page cache first
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "10")]
     record_working_set: Option<u32>,
 }
@@ -45,8 +45,8 @@ pub struct Launching<'a> {
 }
 
 impl LaunchSet {
-    /// Begins to read the working set of the template, if it has one, or prepares this process so that the page tables of
-    /// the clone show the pages that it uses.
+    /// Begins to read the working set of the template, if it has one, or prepares this process so that the page tables
+    /// of the clone show the pages that it uses.
     ///
     /// # Errors
     /// Returns `Code::Usage` for a recording of several clones, and an error if the set cannot be read.
@@ -100,8 +100,9 @@ impl LaunchSet {
 }
 
 impl Launching<'_> {
-    /// Waits until the working set has been read. After [`WARM_TIMEOUT`], or when `stop` is set, the wait ends; reads that
-    /// have begun end with this process. An error of the reads goes to the log: the clones read the same pages.
+    /// Waits until the working set has been read. After [`WARM_TIMEOUT`], or when `stop` is set, the wait ends; reads
+    /// that have begun end with this process. An error of the reads is only logged: the clones read the same pages and
+    /// get the same error.
     pub fn warmed(&mut self, stop: &AtomicBool) -> Option<Warmed> {
         let thread = self.warming.take()?;
         let end = Instant::now() + WARM_TIMEOUT;

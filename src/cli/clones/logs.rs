@@ -116,7 +116,7 @@ fn follow(entry: &Entry) -> Result<Done> {
         }
     }
     loop {
-        // The end of the clone is seen before its last output is read.
+        // The end of the clone is detected before the logs are read, so that the last output is printed.
         let runs = runs(&entry.id);
         for (name, log) in &mut logs {
             if log.is_none() {
@@ -143,8 +143,8 @@ fn runs(id: &str) -> bool {
     })
 }
 
-/// Usual name of the socket of a vsock device. Unlike the other sockets of a clone, this socket carries no output of the
-/// guest.
+/// Usual name of the socket of a vsock device. Unlike the other sockets of a clone, this socket carries no output of
+/// the guest.
 const VSOCK: &str = "vsock.sock";
 
 /// Returns the sockets of serial ports and other devices, without the control socket of the VMM.

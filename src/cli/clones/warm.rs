@@ -20,7 +20,7 @@ use crate::error::Result;
 use crate::store::{DEFAULT_SET, Digest, Store, TemplateRef};
 use crate::units::{PageCount, approximate};
 
-/// Interval at which a command that pins looks for an interrupt.
+/// Interval at which `warm --pin` checks for an interrupt.
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Read the pages of a template that its clones will use into memory
@@ -40,8 +40,8 @@ pub struct WarmArgs {
     /// Name of the working set
     #[arg(long, value_name = "NAME", default_value = DEFAULT_SET, value_parser = set_name)]
     set: String,
-    /// Keep the pages in memory until this command is interrupted: it maps the template and locks the pages. Other commands
-    /// list its process among those that map the template
+    /// Keep the pages in memory until this command is interrupted: it maps the template and locks the pages. Other
+    /// commands list this process among those that map the template
     #[arg(long, conflicts_with = "dry_run")]
     pin: bool,
     /// Read nothing; only compare the set with the clones

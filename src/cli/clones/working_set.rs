@@ -22,8 +22,8 @@ use crate::units::{Bytes, PageCount};
 
 /// Record which pages of a template its clones use, for 'stencil warm' and 'stencil clone'
 ///
-/// 'stencil clone' reads the pages of the set 'default' while the clones start. A set is stored with its template; 'save'
-/// and 'load' carry it.
+/// 'stencil clone' reads the pages of the set 'default' while the clones start. A set is stored with its template;
+/// 'save' and 'load' carry it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -44,8 +44,8 @@ enum WorkingSetCommand {
 
 /// Add the pages that a clone has used to a working set of its template
 ///
-/// A page that three recordings in a row do not have leaves the set. The kernel maps pages near a used one too (64 KiB, or
-/// 2 MiB at once): 'stencil clone --record-working-set' records more precisely.
+/// A page that three recordings in a row do not have leaves the set. The kernel maps pages near a used page too (64
+/// KiB, or 2 MiB at once): 'stencil clone --record-working-set' records more precisely.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -275,7 +275,7 @@ fn store(dir: &Path) -> Check {
             let sealed = match sealed {
                 0 => String::new(),
                 some => format!(
-                    "; {} by kernel decode: rm and mv fail with EPERM until 'stencil store unseal'",
+                    "; {} for kernel decode: rm and mv fail with EPERM until 'stencil store unseal'",
                     counted(some, "pack is sealed", "packs are sealed")
                 ),
             };

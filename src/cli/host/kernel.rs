@@ -134,7 +134,8 @@ pub fn huge_pages() -> Check {
         "always" => Check::note(
             "huge pages",
             "always",
-            "set madvise: a clone that writes one page of zeroed memory outside templates may take 2 MiB",
+            "set madvise: otherwise a clone that writes one page of new memory outside its template mappings \
+             may take 2 MiB",
         ),
         word => Check::ok("huge pages", word),
     }
@@ -145,7 +146,8 @@ pub fn ksm() -> Check {
         Some(1) => Check::note(
             "ksm",
             "running",
-            "stop KSM if only clones use it: it takes CPU time; totals count merged copies once, clones each",
+            "stop KSM if only clones use it, because it takes CPU time; a merged page counts once in the \
+             totals, and once for each clone in the figures of clones",
         ),
         Some(_) => Check::ok("ksm", "off; template pages are shared without KSM"),
         None => Check::ok("ksm", "not in this kernel; template pages are shared without KSM"),

@@ -56,7 +56,7 @@ pub struct MountArgs {
     /// Seconds between two verifications of a file, with kernel decode; 0 for a single one [default: a week]
     #[arg(long, value_name = "SECONDS", value_parser = value_parsers::seconds)]
     scrub_interval: Option<Duration>,
-    /// Bytes that the kernel reads ahead by decode and kernel decode; 0 for none [default: 512K and 4M]
+    /// Bytes that the kernel reads ahead; 0 for none [default: 512K for files served by decode, 4M for kernel decode]
     #[arg(long, value_name = "SIZE", value_parser = value_parsers::read_ahead)]
     read_ahead: Option<Bytes>,
     /// Log format: text or json [default: text]

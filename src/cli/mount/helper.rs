@@ -30,7 +30,8 @@ pub struct Helper {
     /// An empty directory
     #[arg(value_name = "MNT")]
     mountpoint: PathBuf,
-    /// Options: serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, scrub-interval=, read-ahead=, noexec, and the usual options
+    /// Options: serve=, cache-dir=, cache-size=, hydrate-timeout=, watchdog=, on-damage=, scrub-interval=, read-ahead=,
+    /// noexec, and the usual options
     #[arg(short = 'o', value_name = "OPTS")]
     options: Vec<String>,
     /// Ignore unknown options with a warning

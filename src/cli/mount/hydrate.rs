@@ -17,7 +17,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 pub fn show(target: &Target, progress: &dyn Progress, cancel: &AtomicBool) {
     let Some(memory) = target.files.iter().find(|file| file.kind.is_memory()) else { return };
     let path = target.dir.join(&memory.name);
-    // Not a scoped thread, which would be joined: an interrupt must not wait for an open that does not return.
+    // The thread is not scoped: a scoped thread would be joined, and an interrupt must not wait for an open that does
+    // not return.
     let opening = thread::spawn(move || drop(File::open(path)));
     let device = target.inodes.0;
     let hydrated = || -> Option<Bytes> {

@@ -22,7 +22,7 @@ use crate::store::Store;
 use crate::sys::process::paused;
 use crate::units::{Bytes, whole};
 
-/// Number of files that a reason for their serving names.
+/// Largest number of files that one reason names.
 const MAX_NAMED: usize = 3;
 
 /// Show the mounts: their supervisors and servers, and how each file is served

@@ -79,7 +79,7 @@ impl Stuck {
     /// Returns the remedy for the finding.
     pub fn remedy(&self) -> String {
         format!(
-            "abort it with 'stencil doctor --fix-stuck {}': all requests on the connection fail, and clones of files \
+            "abort the connection with 'stencil doctor --fix-stuck {}': all its requests fail, and clones of files \
              that are served by decode are killed at the next access to a page that is not in RAM",
             self.connection
         )
@@ -116,7 +116,8 @@ pub struct Aborted {
     connection: u32,
     #[serde(serialize_with = "crate::sanitize::optional_path")]
     mountpoint: Option<PathBuf>,
-    /// Processes that use the mount. Those by decode are killed at the next access to a page that is not in RAM.
+    /// Processes that use the mount. A process whose file is served by decode is killed at its next access to a page
+    /// that is not in RAM.
     cut_off: Vec<User>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     unseen: Vec<u32>,

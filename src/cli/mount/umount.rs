@@ -48,7 +48,8 @@ struct Unmounted {
     /// Processes for which the detached mount is still served.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     served_until_they_end: Vec<User>,
-    /// Processes that use the mount. Those by decode are killed at the next access to a page that is not in RAM.
+    /// Processes that use the mount. A process whose file is served by decode is killed at its next access to a page
+    /// that is not in RAM.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cut_off: Vec<User>,
     /// Processes that could not be inspected; each may also use the mount.
@@ -177,7 +178,7 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
         Some(there) => {
             Err(Error::usage(format!("the mount is of type {}, not a Stencil mount", there.fs_type))
                 .at(path)
-                .hint(format!("unmount it with umount {}", path.display())))
+                .hint(format!("unmount the file system with umount {}", path.display())))
         }
         None => Err(Error::not_found("nothing is mounted at this path")
             .at(path)
@@ -196,7 +197,8 @@ fn wait_for_end(found: &Mount) -> Result<()> {
         }
         if Instant::now() > until {
             return Err(Error::in_use(
-                "unmounted here but still served: another mount namespace or an open file uses the mount",
+                "the mount is unmounted here but still served: another mount namespace or an open file uses the \
+                 mount",
             )
             .at(&found.mountpoint)
             .hint("run 'stencil status' to see the mount until its last user exits"));

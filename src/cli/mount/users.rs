@@ -50,8 +50,8 @@ impl Users {
         if !self.found.is_empty() {
             let processes = counted(self.found.len() as u64, "process", "processes");
             crate::print_line!(
-                "warning: {processes} use the mount; those that map templates by decode are killed at the next access to \
-                 a page that is not in RAM: {}",
+                "warning: {processes} use the mount; those that map files served by decode are killed at the \
+                 next access to a page that is not in RAM: {}",
                 list(&self.found)
             );
         }

@@ -47,7 +47,7 @@ pub struct ImportArgs {
     /// Format of the source: auto, raw or firecracker
     #[arg(long, default_value = "auto", value_parser = word::<ImportFormat>)]
     format: ImportFormat,
-    /// Template whose memory has the pages that are holes in the source, a diff snapshot
+    /// The source is a diff snapshot: its holes stand for the pages of the memory of this template
     #[arg(long, value_name = "T", value_parser = word::<TemplateRef>)]
     base: Option<TemplateRef>,
     /// Accept a diff without any hole
@@ -278,7 +278,7 @@ impl Report for ImportReport {
     }
 }
 
-/// The templates of a directory of directories.
+/// The templates that an import of a directory of snapshot directories has made.
 struct EachReport(Vec<ImportReport>);
 
 impl Report for EachReport {
@@ -324,7 +324,7 @@ pub fn run(args: &ImportArgs, global: &Global) -> Result<Done> {
     };
     let mut done = Vec::new();
     for (folder, tag) in each {
-        // Opened again: many directories have more files than a process may have open.
+        // The directory is opened again: many directories have more files than a process may have open.
         match args.folder(&folder, &tag).and_then(&import) {
             Ok(report) => done.push(report),
             Err(error) if done.is_empty() => return Err(error),

@@ -122,7 +122,7 @@ fn read(path: &Path) -> Result<String> {
     let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
     loop {
         if !stream::wait_readable(&file, limit, || Ok(()), fail)? {
-            return Err(Error::try_again(format!("no data for {} s", STALL_TIMEOUT.as_secs()))
+            return Err(Error::try_again(format!("no recipe data for {} s", STALL_TIMEOUT.as_secs()))
                 .at(path)
                 .hint("start the program that writes the recipe, then run this command again"));
         }

@@ -25,7 +25,10 @@ pub(super) fn find(qmp: &mut Qmp) -> Result<Vec<Busy>> {
         found.push(Busy {
             code: Code::InUse,
             what: format!("a migration of the VM is active (state '{phase}')"),
-            remedy: "wait for its end (QMP query-migrate), or cancel it with QMP migrate_cancel".into(),
+            remedy:
+                "wait for the end of the migration (QMP query-migrate), or cancel the migration with QMP \
+                migrate_cancel"
+                    .into(),
         });
     }
     let reasons = migration::blockers(qmp)?;
@@ -41,9 +44,12 @@ pub(super) fn find(qmp: &mut Qmp) -> Result<Vec<Busy>> {
         let text = |key| job.get(key).and_then(Value::as_str).unwrap_or("?");
         let (id, kind, status) = (text("id"), text("type"), text("status"));
         let remedy = match status {
-            "concluded" => format!("remove it with QMP job-dismiss and id={id}"),
-            "ready" => format!("end it with QMP job-complete or job-cancel and id={id}"),
-            _ => format!("wait for its end (QMP query-jobs), or cancel it with QMP job-cancel and id={id}"),
+            "concluded" => format!("remove the job with QMP job-dismiss and id={id}"),
+            "ready" => format!("end the job with QMP job-complete or job-cancel and id={id}"),
+            _ => format!(
+                "wait for the end of the job (QMP query-jobs), or cancel the job with QMP job-cancel \
+                and id={id}"
+            ),
         };
         let what = format!("the VM's disks are in use by {kind} job '{id}' (state '{status}')");
         found.push(Busy { code: Code::InUse, what, remedy });

@@ -1,7 +1,7 @@
 //! The watchdog (helper) of a capture: a process that restores the VM if the capture is killed.
 //!
 //! The capture sends one line for each step, before it takes the step, so that the helper knows of every change to the
-//! VM. The helper acts when standard input ends before its dismissal.
+//! VM. The helper restores the VM if its standard input ends before the capture has dismissed the helper.
 
 use std::ffi::OsString;
 use std::io::{BufRead, Write};
@@ -143,8 +143,9 @@ pub fn resume_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Restores a VM of QEMU: retries the guest as long as QEMU runs, and the disks for 30 s, because their data is safe in
-/// the overlays. Each attempt uses a new QMP session, since QEMU serves one at a time.
+/// Restores a VM of QEMU. Retries to resume the guest as long as QEMU runs. Retries the restore of the disks for 30 s
+/// only, because their data is safe in the overlays. Each attempt uses a new QMP session, since QEMU serves one at a
+/// time.
 fn restore(socket: &Path, vm: ProcessId, before: &SavedState, is_resumed: bool) -> Result<()> {
     let restored = match is_resumed {
         true => Ok(()),
@@ -153,7 +154,7 @@ fn restore(socket: &Path, vm: ProcessId, before: &SavedState, is_resumed: bool) 
     let restored =
         restored.and_then(|()| retry(vm, || before.restore_disks(&mut session(socket, vm)?, vm, None)));
     match restored {
-        // Retried because a qemu-img of the capture may still have the image open.
+        // The restore is retried because a qemu-img of the capture may still have the image open.
         Err(_) if !vm.is_alive() => retry_while(|| true, || before.restore_without_vm()),
         other => other,
     }

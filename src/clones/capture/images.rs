@@ -43,7 +43,7 @@ pub fn create(overlay: &Path, image: &Image, hold: Option<OwnedFd>) -> Result<()
     // protocol.
     let mut backing = std::ffi::OsString::from("./");
     backing.push(image.place.file_name().unwrap_or_default());
-    // qemu-img outlives this process: a partly created overlay could not be told from a damaged one.
+    // qemu-img outlives this process: a partly created overlay could not be distinguished from a damaged overlay.
     let mut command = Command::new("qemu-img");
     own_session(&mut command);
     command.args(["create", "-q", "-u", "-f", "qcow2", "-F", &image.format, "-b"]).arg(backing).arg(overlay);

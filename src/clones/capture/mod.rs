@@ -169,7 +169,8 @@ impl SnapshotReader<'_> {
         }
         let until_read = UntilRead { inner: progress, paused, resumes, interrupt };
         let imported = store.import(request, &until_read);
-        // Checked first: the error of an import that was interrupted by a disturbance does not name the reason.
+        // A disturbance is checked first: the error of an import that was interrupted by a disturbance does not name
+        // the reason.
         held(paused).undisturbed()?;
         Ok(Taken { imported: imported?, cloned: clones.is_some(), state_bytes })
     }

@@ -174,8 +174,8 @@ impl HeldFiles {
         self.all.iter().try_for_each(|held| open.must_have(&held.path, held.id))
     }
 
-    /// Checks that the paths of two images were not exchanged, by the sizes that QEMU reports for its block nodes: QEMU
-    /// has both files open and does not report which is which.
+    /// Checks that the paths of two images were not exchanged. Compares the sizes that QEMU reports for its block
+    /// nodes, because QEMU has both files open and does not report which is which.
     ///
     /// # Errors
     /// Returns [`Code::Usage`](crate::error::Code::Usage) if the sizes of a block node match another image instead.
@@ -196,8 +196,8 @@ impl HeldFiles {
             let other = |held: &&HeldFile| held.id != own.id && is_like(held, node) == Some(true);
             if let Some(other) = self.all.iter().find(other) {
                 return Err(Error::usage(format!(
-                    "files of the VM were exchanged: the path leads to {}, but the file that QEMU opened there has the \
-                     sizes of {} at {}",
+                    "files of the VM were exchanged: the path leads to {}, but the file that QEMU opened there \
+                     has the sizes of {}, which is now at {}",
                     own.id,
                     other.id,
                     other.path.display()

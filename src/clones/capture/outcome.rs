@@ -1,4 +1,4 @@
-//! What a capture reports: the template and the state of the VM; and what its check reports.
+//! The report of a capture (the template and the state of the VM), and the report of a check.
 
 use std::path::PathBuf;
 
@@ -62,6 +62,7 @@ pub struct Check {
     pub findings: Vec<Finding>,
     /// The directory to run the corrected command in.
     pub directory: PathBuf,
-    /// The corrected command line, beginning with the program; empty for a VM that libvirt started and for a Firecracker.
+    /// The corrected command line, beginning with the program; empty for a VM that libvirt started and for a
+    /// Firecracker.
     pub command: Vec<String>,
 }

@@ -113,7 +113,7 @@ impl PausedVm {
                 Error::io("cannot create a temporary file for device state", std::env::temp_dir(), e)
             })
             .and_then(|file| receive(&reader, &file, deadline).map(|()| file));
-        // Closed before the next commands, so that QEMU never blocks on a full pipe.
+        // The pipe is closed before the next commands, so that QEMU never blocks on a full pipe.
         drop(reader);
         if received.is_err() {
             let _ = self.qmp.run("migrate_cancel", json!({}));
@@ -160,7 +160,7 @@ impl PausedVm {
             Some(true) => Err(Error::try_again(
                 "another QMP client resumed or reset the VM during the capture: no template was created",
             )
-            .hint("capture the VM again while no other client controls it")),
+            .hint("capture the VM again while no other client controls the VM")),
             _ => Ok(()),
         }
     }

@@ -1,6 +1,6 @@
 //! Restores a captured VM. QEMU: resumes the guest, then restores the migration settings, then the disks. Firecracker:
-//! resumes the guest, then removes temporary files. Used by the capture itself, and by the watchdog of a capture that was
-//! killed.
+//! resumes the guest, then removes temporary files. Used by the capture itself, and by the watchdog of a capture that
+//! was killed.
 
 use std::cell::RefCell;
 use std::os::fd::RawFd;
@@ -75,11 +75,11 @@ impl SavedState {
     }
 }
 
-/// The state of a Firecracker VM that a capture restores: the run state, and the files that the capture creates for a Firecracker that
-/// cannot open files without a name.
+/// The state of a Firecracker VM that a capture restores: the run state, and the files that the capture creates for a
+/// Firecracker that cannot open files without a name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedMicrovm {
-    /// True if the capture has paused the guest, or is about to.
+    /// True if the capture has paused the guest, or is about to pause the guest.
     pub paused: bool,
     /// Names of temporary files. Empty if the files have no names.
     pub files: Vec<String>,
@@ -120,7 +120,7 @@ impl SavedMicrovm {
         retry: impl FnOnce(&mut dyn FnMut() -> Result<()>) -> Result<()>,
     ) -> Result<()> {
         let restored = retry(&mut || self.resume(socket, vm));
-        // Firecracker has executed all requests or has exited, and creates the files no more.
+        // Firecracker has executed all requests or has exited, and creates no more files.
         if let Some(number) = self.directory {
             match Directory::open(&PathBuf::from(format!("/proc/self/fd/{number}"))) {
                 Ok(directory) => self.remove_files_in(&directory),

@@ -97,7 +97,8 @@ impl Vm {
     /// # Errors
     /// Returns an error if the VM is busy, in a wrong state, or unsupported.
     pub fn inspect(qmp: &mut Qmp) -> Result<Vm> {
-        // Checked before the state: an active migration also changes the state, and its error is more specific.
+        // Conflicting operations are checked before the state: an active migration also changes the state, and its
+        // error is more specific.
         busy::refuse(qmp)?;
         let was_running = is_running(qmp)?;
         let live = Live::inspect(qmp)?;
@@ -114,7 +115,7 @@ impl Vm {
         let unsupported = plugged(qmp, &plan)?;
         if !unsupported.is_empty() {
             return Err(Error::usage(format!("unsupported for clones: {}", unsupported.join("; ")))
-                .hint("restart the VM without them, then capture again"));
+                .hint("restart the VM without these devices, then capture again"));
         }
         let Live { pid, process, program, version, .. } = live;
         let chains = plan.disks.iter().flat_map(|disk| disk.live.image.chain());
@@ -152,7 +153,7 @@ impl Vm {
         // Some file systems (btrfs) have another device number in /proc/PID/maps than in stat(2).
         let named = |m: &&procfs::MapLine| m.path.ends_with(mem_path.trim_start_matches('/'));
         let is_it = |m: &&procfs::MapLine| m.ino == meta.ino() && (m.dev == meta.dev() || named(m));
-        // Detects exchanged files of two objects, which are both mapped, by the address of the object.
+        // If the files of two objects were exchanged, both are mapped, but not at the addresses of their objects.
         let is_there =
             |m: &procfs::MapLine| self.addresses.get(id).is_none_or(|at| (m.start..m.end).contains(at));
         if !meta.is_file() || !maps.iter().any(|m| is_it(&m) && !m.is_private() && is_there(m)) {

@@ -30,7 +30,7 @@ fn is_api_option(word: &[u8]) -> bool {
 pub(super) struct Credentials {
     /// Real, effective, saved and file system user id.
     pub uids: [u32; 4],
-    /// The same of the group id.
+    /// Real, effective, saved and file system group id.
     pub gids: [u32; 4],
     /// Permitted capabilities.
     pub capabilities: u64,

@@ -180,7 +180,7 @@ pub struct ControlSocket<'a> {
     pub name: &'a str,
     /// Path of the socket.
     pub path: PathBuf,
-    /// What to do if the VMM exits early.
+    /// The remedy if the VMM exits early.
     pub hint: &'a str,
 }
 
@@ -268,7 +268,7 @@ fn wait_notified(
 ) -> Result<()> {
     let interval = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
     loop {
-        // Checked before the poll: a command may exit right after its notification.
+        // The exit is checked before the poll: a command may exit right after its notification.
         let exited =
             child.try_wait().ok().flatten().filter(|_| process_tree::of_folder(&entry.dir).is_empty());
         let ready = poll(&mut [PollFd::new(notified, PollFlags::IN)], Some(&interval)).is_ok_and(|n| n > 0);

@@ -62,7 +62,7 @@ pub fn allocate(
     entry.save()?;
     for disk in disks() {
         let path = entry.disk_path(&disk.name);
-        // Later attempts use the overlay of the first one.
+        // Later attempts use the overlay that the first attempt has created.
         if attempt == 0 {
             overlay(target, disk, &path)?;
         }
@@ -83,7 +83,8 @@ fn free_port(claim: impl Fn(u16) -> Result<bool>) -> Result<(u16, OwnedFd)> {
     for _ in 0..MAX_PORT_ATTEMPTS {
         let held = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(failed)?;
-        // Bound, not listening: the kernel assigns the port to no other socket, but one with SO_REUSEADDR may listen.
+        // The socket is bound and does not listen: the kernel assigns its port to no other socket, but a socket with
+        // SO_REUSEADDR can listen on the port.
         sockopt::set_socket_reuseaddr(&held, true).map_err(failed)?;
         bind(&held, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)).map_err(failed)?;
         let address = getsockname(&held).map_err(failed)?;

@@ -70,7 +70,7 @@ pub struct Mapped {
 }
 
 impl Order {
-    /// Returns the log of a clone that has touched its pages: the first lines, and what the clone has done.
+    /// Returns the log of a clone that has touched its pages: the first lines, and the line about the touched pages.
     pub fn log(&self) -> [String; 2] {
         let mapped = self.files.iter().map(|file| {
             format!("mapped {} as {}\n", file.path.display(), if file.rom { "rom" } else { "ram" })

@@ -45,7 +45,8 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
     let watchdog = launch_watchdog::start(&launch)?;
     launch.set_watchdog(watchdog.process()?);
     launch.start()?;
-    // The clones share pages of the zygote, which are memory of the launch.
+    // The baseline is taken before the zygote starts: the clones share pages with the zygote, so its memory belongs to
+    // the launch.
     let before = Baseline::now();
     // The zygote is loaded while this process searches for clones.
     let zygote = match &order.how {
@@ -69,7 +70,7 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
             launch.commit()?;
             Ok(launched)
         }
-        // Returns the first error, the cause; an error of the cleanup goes to the log.
+        // The first error is the cause and is returned. An error of the cleanup goes to the log.
         Err(error) => {
             launch.abort().unwrap_or_else(|error| log::error!("{error}"));
             Err(error)

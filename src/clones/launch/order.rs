@@ -120,7 +120,7 @@ pub struct Failure {
     pub index: u32,
     /// The reason.
     pub message: String,
-    /// What to do.
+    /// The remedy.
     #[serde(skip)]
     pub hint: Option<String>,
 }

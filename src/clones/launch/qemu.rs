@@ -111,7 +111,7 @@ fn bring_up(
     if let Some(process) = ProcessId::of(qmp.peer_pid()?)?.filter(|p| Some(*p) != entry.process()) {
         entry.set_process(process)?;
     }
-    // The recipe may set others (-global migration.…); they are restored after the resume.
+    // The recipe may set other migration settings (`-global migration.…`), which are restored after the resume.
     let settings = Settings::of(&mut qmp)?;
     settings.for_device_state().apply(&mut qmp)?;
     qmp.run("migrate-incoming", json!({"uri": format!("file:{state}")}))?;

@@ -26,8 +26,9 @@ use crate::units::{Bytes, PAGE_SIZE};
 /// Interval of the checks whether the launch was cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Maximum number of start requests that the zygote has not answered. They fit into 4 KiB, the smallest pipe, so that this
-/// process does not wait for the zygote while the zygote waits for this process. `cancel` requests are not counted.
+/// Maximum number of start requests that the zygote has not answered. They fit into 4 KiB, the smallest pipe, so that
+/// this process does not wait for the zygote while the zygote waits for this process. `cancel` requests are not
+/// counted.
 const MAX_REQUESTS: usize = 300;
 
 /// Time limit for the zygote to release all clones.
@@ -162,7 +163,8 @@ pub fn launch(active: &ActiveLaunch<'_>, zygote: Zygote) -> Result<(Launched, He
             clones.starting.iter().filter(|(_, d)| Instant::now() > **d).map(|(i, _)| *i).collect();
         for index in late {
             clones.starting.remove(&index);
-            // The zygote kills this worker before it releases the others, even if the messages of the worker were not read.
+            // The zygote kills this worker before it releases the others, even if the messages of the worker were not
+            // read.
             writeln!(held.input, "cancel {index}").map_err(|e| held.died().because(e))?;
             if let Some(entry) = clones.started.remove(&index) {
                 process_tree::kill(std::slice::from_ref(&entry))?;

@@ -81,7 +81,7 @@ pub(super) fn leave_standard_streams() -> Result<()> {
 fn touch(simulate: &Simulate, job: &Job, index: u32, backend: &Backend) -> Result<()> {
     let pages = simulate.pages(backend.len(), index);
     let written = job.touched.written_pages;
-    // A fault on a read maps a huge folio of the page cache as a whole, unless a write before has split the range.
+    // A fault on a read maps a huge folio of the page cache as a whole, unless an earlier write has split the range.
     for place in written..written + job.touched.read_pages {
         backend.touch(PageIndex::new(pages.at(place)))?;
     }

@@ -1,10 +1,10 @@
 //! The zygote, the parent process of simulated clones: a small process with a single thread, so that forking is safe
 //! and cheap.
 //!
-//! The zygote reads from standard input: one line of JSON (the job), then `start INDEX` for each clone, `cancel INDEX` for
-//! a clone past its timeout, and finally `release`. The zygote writes to standard output: `started INDEX PID IDENTITY`,
-//! `ready INDEX`, `failed INDEX REASON` and `released`. End of input before `release` means that the launcher died: the
-//! zygote exits, and its workers die with it.
+//! The zygote reads from standard input: one line of JSON (the job), then `start INDEX` for each clone, `cancel INDEX`
+//! for a clone past its timeout, and finally `release`. The zygote writes to standard output: `started INDEX PID
+//! IDENTITY`, `ready INDEX`, `failed INDEX REASON` and `released`. End of input before `release` means that the
+//! launcher died: the zygote exits, and its workers die with it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, BufRead, BufReader, Write};
@@ -223,8 +223,8 @@ impl Zygote {
         Ok(Next::Continue)
     }
 
-    /// Kills a worker. The other workers are released after its exit, because the worker could read the byte that releases
-    /// another worker.
+    /// Kills a worker. The other workers are released after its exit, because the worker could read the byte that
+    /// releases another worker.
     fn kill(&mut self, pid: u32) -> Result<()> {
         self.killed.insert(pid);
         process::signal_child(pid, Signal::KILL)
@@ -280,7 +280,7 @@ impl Zygote {
                     Err(_) => "an unknown number of private pages".to_owned(),
                 };
                 worker.failure = Some(format!(
-                    "the clone wrote to the ROM file '{}', of which it had {private}",
+                    "the clone wrote to the ROM file '{}'; before the write the clone had {private} of the file",
                     rest.next().unwrap_or_default()
                 ));
                 process::signal_child(pid, Signal::SEGV)
@@ -289,7 +289,8 @@ impl Zygote {
         }
     }
 
-    /// Reports workers that have exited. Before `release` every worker depends on the zygote, so each exit is a failure.
+    /// Reports workers that have exited. Before `release` every worker depends on the zygote, so each exit is a
+    /// failure.
     fn reap(&mut self) -> Result<()> {
         while let Some((pid, ended)) = process::reap_one()? {
             // The worker's last message may still be in the pipe.

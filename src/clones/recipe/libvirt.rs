@@ -5,7 +5,7 @@
 #[derive(Debug, Default)]
 pub(super) struct Secrets(Vec<String>);
 
-/// Changes to a domain XML, by the words of a refusal that they resolve.
+/// Changes to a domain XML, each with the words of the refusals that the change resolves.
 const DOMAIN_CHANGES: [(&[&str], &str); 11] = [
     (&["balloon"], "<memballoon model='none'/>"),
     (&["mem-lock"], "no <locked/> in <memoryBacking>"),
@@ -56,8 +56,8 @@ impl Secrets {
     /// Returns the advice for starting the VM without the refused options.
     pub fn start_without(&self, refused: &[String]) -> String {
         if !self.is_libvirt() {
-            return "restart the VM without them, then capture again; `stencil capture --check SOCK` prints a supported \
-                    command line"
+            return "restart the VM without these options and devices, then capture again; `stencil capture \
+                    --check SOCK` prints a supported command line"
                 .to_owned();
         }
         let has = |words: &[&str]| words.iter().any(|word| refused.iter().any(|text| text.contains(word)));

@@ -1,7 +1,7 @@
 //! Converts the command line of a running QEMU to that of its clones: a pure function of the arguments and [`Facts`].
 //!
-//! An option that is not known to be safe for several clones at once is refused by name: two clones must never write to
-//! one disk, use one network address or share one socket.
+//! An option that is not known to be safe for several clones at once is refused: two clones must never write to one
+//! disk, use one network address or share one socket.
 
 mod parts;
 

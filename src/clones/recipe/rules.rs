@@ -95,7 +95,7 @@ pub fn rule(option: &str) -> Rule {
         "mtdblock" => Rule::Refuse("a disk"),
         "net" | "nic" | "netdev" => Rule::Network,
         "fsdev" | "virtfs" => Rule::Refuse("a shared directory"),
-        "loadvm" | "readconfig" | "set" => Rule::Refuse("settings from another source"),
+        "loadvm" | "readconfig" | "set" => Rule::Refuse("settings from a file or another source"),
         "audiodev" => Rule::Audio,
         "tpmdev" | "usbdevice" | "audio" | "spice" | "chroot" | "runas" | "run-with" => {
             Rule::Refuse("a host resource")
@@ -125,7 +125,7 @@ pub fn options(argv: &[String]) -> Vec<(&str, Option<&str>)> {
 /// Devices that need no host resource, so that every clone can have its own.
 const DEVICES: [&str; 62] = [
     "vmgenid",
-    // Only if its memory is a ROM, see memory.rs.
+    // An nvdimm is supported only if its memory is a ROM, see memory.rs.
     "nvdimm",
     "virtio-rng-pci",
     "virtio-rng-pci-non-transitional",

@@ -110,9 +110,7 @@ impl Recipe {
         for (before, arg) in before.zip(&recipe.argv) {
             // QEMU takes options with one hyphen and with two.
             if matches!(arg.as_str(), "-daemonize" | "--daemonize") {
-                problems.push(
-                    "-daemonize: the process of a clone must be the one that the launcher starts".into(),
-                );
+                problems.push("-daemonize: the launcher must start the process of a clone itself".into());
             }
             // The kernel command line belongs to the guest: braces in it are no misspelt placeholders.
             if !matches!(before, "-append" | "--append") {

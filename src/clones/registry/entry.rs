@@ -130,7 +130,7 @@ pub struct Entry {
     pub pid_namespace: Option<u64>,
     /// Process that writes the exit record of the clone. It exits after the last clone of the launch.
     pub watchdog: Option<ProcessId>,
-    /// How the process of a simulated clone ended; other clones have an exit record of their own.
+    /// How the process of a simulated clone ended; every other clone has a separate exit record.
     #[serde(skip)]
     pub ending: Option<Ending>,
 }

@@ -144,8 +144,8 @@ impl Launch {
         }
     }
 
-    /// Creates the record of the simulated clones of this launch, without any clone. `mapped` and `touched` are parts of
-    /// their logs.
+    /// Creates the record of the simulated clones of this launch, without any clone. `mapped` are the first lines of
+    /// the log of each clone, and `touched` describes the pages that each has touched.
     ///
     /// # Errors
     /// Returns an error if the runtime directory cannot be written.
@@ -252,7 +252,7 @@ pub fn abort(launch: &str) -> Result<Vec<Entry>> {
     let gone = |entry: &&Entry| left.as_ref().is_none_or(|left| left.of(entry).is_empty());
     problem = problem.or(remove_all(all.iter().filter(gone)).err());
     let shared = clones_dir().join(shared_name(launch));
-    // Another clone may have this name as its id.
+    // If the directory has the record of a clone, the directory belongs to a clone with this name as its id.
     if problem.is_none() && !shared.join(RECORD).exists() {
         problem = remove_directory(&shared).err();
     }

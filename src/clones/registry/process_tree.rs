@@ -93,7 +93,7 @@ fn mark_of(pid: u32) -> Option<Vec<u8>> {
 }
 
 /// Returns the directory of the clone whose Firecracker this is. A jailer starts Firecracker with an empty environment,
-/// with the id of the clone, and with a root directory of its own, which only root can give to a process.
+/// with the id of the clone, and with another root directory, which only root can give to a process.
 fn jailed(thread: &Path) -> Option<Vec<u8>> {
     let root = |path: &Path| fs::metadata(path).ok().map(|root| (root.dev(), root.ino()));
     if root(&thread.join("root"))? == root(Path::new("/"))? {
@@ -118,7 +118,8 @@ fn is_whole(thread: &Path, environ: &[u8]) -> bool {
     let places: Vec<u64> = after_name.split(' ').map(|word| word.trim_end().parse().unwrap_or(0)).collect();
     let field = |number: usize| places.get(number - 2).copied().unwrap_or(0);
     let (code, start, end) = (field(26), field(50), field(51));
-    // The kernel sets the address of the code after that of the environment. Before, the environment may look empty.
+    // The kernel sets the address of the code after that of the environment. Until then, the environment may look
+    // empty.
     code != 0 && end != 0 && end.saturating_sub(start) == environ.len() as u64
 }
 

@@ -71,8 +71,8 @@ pub fn of_launch(launch: &str) -> Result<Vec<Entry>> {
     Ok(found)
 }
 
-/// Reads the record of a clone, or of the simulated clones of a launch, from a directory. Returns nothing for a directory
-/// without a record.
+/// Reads the record of a clone, or of the simulated clones of a launch, from a directory. Returns nothing for a
+/// directory without a record.
 fn load(all: &Directory, name: &Path) -> Result<Vec<Entry>> {
     let dir = all.path_of(name);
     let read = || -> io::Result<Vec<Entry>> {
@@ -101,8 +101,8 @@ fn load(all: &Directory, name: &Path) -> Result<Vec<Entry>> {
     }
 }
 
-/// Waits, at most 2 s each, for the watchdog processes of launches of which no clone is alive any more; `ended` are
-/// clones that have exited. When such a watchdog has exited, the processes and files of its launch are gone.
+/// Waits for the watchdog processes of launches without a living clone, at most 2 s for each; `ended` are clones that
+/// have exited. When such a watchdog has exited, the processes and files of its launch are gone.
 pub fn wait_for_watchdogs(ended: &[Entry]) {
     const LIMIT: Duration = Duration::from_secs(2);
     let others = list().unwrap_or_default();

@@ -35,8 +35,8 @@ impl Entry {
     }
 }
 
-/// Removes the resources of clones as [`Entry::remove`] does, and goes on after an error. The record of a simulated launch
-/// is written once.
+/// Removes the resources of clones as [`Entry::remove`] does, and goes on after an error. The record of a simulated
+/// launch is written once.
 ///
 /// # Errors
 /// Returns the first error.

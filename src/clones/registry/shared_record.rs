@@ -40,14 +40,14 @@ const MAX_SIZE: Bytes = Bytes::new(32 << 20);
 /// Time limit for the lock on a file. Another process holds the lock only while it writes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the clones of a launch have in common.
+/// The common properties of the clones of a launch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Common {
     /// The record of each clone, apart from its id, index and process. The id is the name of the directory.
     entry: Entry,
     /// First lines of the log of each clone.
     mapped: String,
-    /// What each clone has done, in words.
+    /// The pages that each clone has touched, in words.
     touched: String,
 }
 
@@ -88,8 +88,9 @@ pub struct SharedRecord {
 }
 
 impl SharedRecord {
-    /// Creates the directory and the record of a launch without any clone. `entry` is the record that the clones have in
-    /// common; `mapped` are the first lines of the log of each, and `touched` describes what each has done.
+    /// Creates the directory and the record of a launch without any clone. `entry` is the record that the clones have
+    /// in common; `mapped` are the first lines of the log of each, and `touched` describes the pages that each has
+    /// touched.
     ///
     /// # Errors
     /// Returns an error if the runtime directory cannot be written.
@@ -195,8 +196,8 @@ fn whole_lines(text: &[u8]) -> &[u8] {
 /// Reads the clones of a launch from its open directory.
 ///
 /// # Errors
-/// Returns `NotFound` if the directory has no record of simulated clones, and an error if the record cannot be read or is
-/// invalid.
+/// Returns `NotFound` if the directory has no record of simulated clones, and an error if the record cannot be read or
+/// is invalid.
 pub(super) fn load(directory: &Directory) -> io::Result<Vec<Entry>> {
     let text = runtime::read(directory, SHARED_RECORD, MAX_SIZE)?;
     if whole_lines(&text).is_empty() {
@@ -294,8 +295,8 @@ pub(super) fn remove(directory: &Path, indexes: &BTreeSet<u32>) -> Result<()> {
         read_all(&file).and_then(|text| Contents::parse(&text)).map_err(failed)?;
     let (gone, left): (Vec<u32>, Vec<u32>) = clones.keys().partition(|index| indexes.contains(index));
     if left.is_empty() {
-        // A launch is held until its end. The only removal of all clones before is that of a failed launch, which removes
-        // the directory afterwards, and must not need free disk space.
+        // All clones of a held launch are removed only if the launch has failed. The launch then removes the directory
+        // itself, and a line in the record would need free disk space.
         return if is_held(&common.entry.launch) { Ok(()) } else { remove_directory(directory) };
     }
     if gone.is_empty() { Ok(()) } else { append(&file, &[Line::Removed(gone)]).map_err(failed) }

@@ -56,7 +56,7 @@ fn convert(template: &Served, dir: &str) -> Result<Converted> {
 }
 
 pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
-    // A template without the files of a snapshot is refused before a missing option is.
+    // The check for the files of a snapshot comes before the check for the option.
     let dir = template.clone_dir.as_deref();
     let converted = convert(template, dir.unwrap_or_default())?;
     let dir = dir.ok_or_else(|| {
@@ -68,7 +68,8 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
     let shared = config::shared(&converted.config);
     if !shared.is_empty() {
         notes.push(format!(
-            "unchanged, and opened by each clone: {}; edit config.json for each clone that runs beside another",
+            "each clone opens the same host resources as the source VM: {}; before a second clone runs, give \
+             that clone other resources in its config.json",
             shared.join(", ")
         ));
     }
@@ -97,8 +98,8 @@ pub(super) fn paste(template: &Served) -> Result<VmmArguments> {
 /// devices, and the TAP device of the host for each. Terminals of the source VM become logs in the directory.
 ///
 /// # Errors
-/// Same as [`paste`](fn@super::paste), and [`Code::Usage`](crate::error::Code::Usage) if the snapshot has no network device
-/// with such an id.
+/// Same as [`paste`](fn@super::paste), and [`Code::Usage`](crate::error::Code::Usage) if the snapshot has no network
+/// device with such an id.
 pub fn clone_files(
     template: &Served,
     dir: &Path,
@@ -115,12 +116,12 @@ pub fn clone_files(
     Ok(converted.files(dir))
 }
 
-/// Checks the snapshot for a launch of `count` clones, and returns notes for the user. `taps` has the id of each network
-/// device that gets another TAP device, and the name of that device with placeholders.
+/// Checks the snapshot for a launch of `count` clones, and returns notes for the user. `taps` has the id of each
+/// network device that gets another TAP device, and the name of that device with placeholders.
 ///
 /// # Errors
-/// Same as [`clone_files`], and [`Code::Usage`](crate::error::Code::Usage) with the name of a disk or TAP device to which
-/// several clones would write.
+/// Same as [`clone_files`], and [`Code::Usage`](crate::error::Code::Usage) with the name of a disk or TAP device to
+/// which several clones would write.
 pub fn check_launch(template: &Served, taps: &[(String, String)], count: u32) -> Result<Vec<String>> {
     let mut converted = convert(template, "")?;
     let written = config::written(&converted.config, taps);

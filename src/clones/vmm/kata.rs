@@ -1,6 +1,6 @@
-//! For Kata Containers with QEMU, a wrapper script for `path` in `[hypervisor.qemu]`. Cloud Hypervisor and Dragonball
-//! open the memory of a Kata template read-only and map the memory privately: for these two, the commands that mount
-//! the template's directory over Kata's template directory.
+//! The configuration of Kata Containers. With QEMU, it is a wrapper script for `path` in `[hypervisor.qemu]`. Cloud
+//! Hypervisor and Dragonball open the memory of a Kata template read-only and map the memory privately: with these two,
+//! it consists of the commands that mount the template's directory over Kata's template directory.
 
 use super::paste::{VmmArguments, shell_word};
 use super::served::{Memory, Served};

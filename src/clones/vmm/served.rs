@@ -62,7 +62,9 @@ impl Served {
                 self.name,
                 unaligned.size.get()
             ))
-            .hint(format!("pad the source with zeros (truncate -s %{RAM_STEP} FILE) and import it again")));
+            .hint(format!(
+                "pad the source with zeros (truncate -s %{RAM_STEP} FILE) and import the source again"
+            )));
         }
         Ok(ram)
     }
@@ -124,7 +126,7 @@ impl Served {
     }
 }
 
-/// Most bytes of a file that a configuration is made from.
+/// Largest length in bytes of a file that a configuration is made from.
 const MAX_DOCUMENT: u64 = 64 << 20;
 
 /// Returns the first `limit` bytes of a file; `None` if the template has no such file.

@@ -15,14 +15,14 @@ use crate::store::{Digest, WorkingSet};
 use crate::sys::process::procfs;
 use crate::units::PageCount;
 
-/// The pages that the clones of a template use, against the pages of a working set.
+/// The pages that the clones of a template use, compared with the pages of a working set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Comparison {
     /// Number of clones.
     pub clones: usize,
     /// Pages that at least one clone uses.
     pub touched_pages: PageCount,
-    /// Those of the touched pages that are in the set.
+    /// Touched pages that are in the set.
     pub hits: PageCount,
     /// Pages of the set that no clone uses.
     pub waste: PageCount,
@@ -39,7 +39,7 @@ pub fn compare(digest: &Digest, set: &WorkingSet, mounts: &[Mount]) -> Result<Op
     let mut touched: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
     for clone in find::search(&inodes)?.complete()? {
         let is_other = clone.maps.iter().all(|map| map.digest != *digest);
-        // A `stencil warm --pin` maps the whole set and is no clone.
+        // `stencil warm --pin` maps the whole set, but is no clone.
         if is_other || procfs::status(clone.pid)?.is_none_or(|status| status.name == COMMAND_NAME) {
             continue;
         }

@@ -1,7 +1,7 @@
 //! Recording: which pages of its template a clone has used, in the order of their first use.
 //!
-//! A page counts as used if the page tables of the clone have it. The kernel also maps pages near a fault that are in the
-//! page cache already (fault-around, 64 KiB by default), and 2 MiB at once where it can.
+//! A page counts as used if the page tables of the clone have it. The kernel also maps pages near a fault that are in
+//! the page cache already (fault-around, 64 KiB by default), and 2 MiB at once where it can.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,8 +24,8 @@ use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
 use crate::sys::process::{ProcessId, procfs};
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
-/// Interval between two scans of the page tables. Pages that one scan finds for the first time are recorded in the order
-/// of the file.
+/// Interval between two scans of the page tables. Pages that one scan finds for the first time are recorded in the
+/// order of the file.
 const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Shortest pause after a scan, as a multiple of the duration of the scan.
@@ -34,8 +34,8 @@ const MIN_PAUSE_FACTOR: u32 = 4;
 /// The pages of one file that earlier scans have found, in ascending order.
 type Seen = Vec<Range<u64>>;
 
-/// Records the pages that a process uses until `duration` has passed, the process has exited or `stop` is set. Scans the
-/// page tables at least once. Returns the template that the process maps, and the pages of each of its files.
+/// Records the pages that a process uses until `duration` has passed, the process has exited or `stop` is set. Scans
+/// the page tables at least once. Returns the template that the process maps, and the pages of each of its files.
 ///
 /// # Errors
 /// Returns [`Code::NotFound`] if the process maps no template of these mounts, and an error if the process cannot be
@@ -89,9 +89,10 @@ pub fn record(
     Ok((digest, files.into_iter().map(|(name, (_, used))| (name, used)).collect()))
 }
 
-/// Removes the pages of these files that no process maps from the page cache, except pages that another processor has just
-/// read. Does nothing unless the caller is root: the kernel shows other users all pages as resident. A page of a large folio of the cache is mapped together with all others of the folio, so the page tables of a
-/// clone would show pages that the clone never used. The kernel reads dropped pages again in small folios.
+/// Removes the pages of these files that no process maps from the page cache, except pages that another processor has
+/// just read. Does nothing unless the caller is root: the kernel shows other users all pages as resident. A page of a
+/// large folio of the cache is mapped together with all others of the folio, so the page tables of a clone would show
+/// pages that the clone never used. The kernel reads dropped pages again in small folios.
 ///
 /// # Errors
 /// Returns an error if a file cannot be opened or mapped.

@@ -64,7 +64,8 @@ impl SetFile {
     /// Returns the parts of the ranges that are not in the page cache.
     fn missing(&self) -> Result<Vec<Range<u64>>> {
         if !rustix::process::geteuid().is_root() {
-            // The kernel shows the page cache only to users who may write the file, and all pages as resident to others.
+            // The kernel shows the page cache only to users who may write the file, and all pages as resident to
+            // others.
             return Ok(self.ranges.clone());
         }
         let view = self.map()?;
@@ -129,8 +130,8 @@ pub fn warm(
     })
 }
 
-/// Reads the pages of a working set and keeps them in memory as long as the returned mappings live. Stops early if `stop`
-/// is set.
+/// Reads the pages of a working set and keeps them in memory as long as the returned mappings live. Stops early if
+/// `stop` is set.
 ///
 /// # Errors
 /// Returns an error if a file of the template cannot be opened or mapped, or if its pages cannot be locked.

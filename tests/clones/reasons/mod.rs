@@ -1,5 +1,5 @@
-//! `stencil density --why`: a herd for each reason, in which every copied page is known. The frame audit agrees with the
-//! figures from which the bytes come.
+//! `stencil density --why`: clones for each reason, of which every copied page is known. The frame audit agrees with
+//! the figures from which the bytes come.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::support::actor::Actor;
 use crate::support::host;
 use crate::support::mount::TestMount;
 
-/// Two clones without a reason: each has filled 100 pages that the other has not, all with other bytes.
+/// Two clones without a reason: each has filled 100 pages that the other has not, every page with different bytes.
 struct Herd {
     world: TestMount,
     digest: String,

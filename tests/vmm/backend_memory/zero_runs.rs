@@ -1,5 +1,5 @@
-//! Long runs of zeros of a template, which Stencil's own mappings map as anonymous memory: the same bytes, no page cache,
-//! and figures exact to the page.
+//! Long runs of zeros of a template, which Stencil's own mappings map as anonymous memory: the same bytes, no page
+//! cache, and figures exact to the page.
 
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -43,7 +43,7 @@ fn launch_in_jail(world: &TestMount) -> Clone {
         .remove(0)
 }
 
-/// Returns the names in the working directory of a process that a capture creates.
+/// Returns the temporary files that a capture has created in the working directory of a process.
 fn temporary_files(pid: u64) -> Vec<PathBuf> {
     let names = fs::read_dir(format!("/proc/{pid}/cwd")).unwrap().map(|entry| entry.unwrap().path());
     names.filter(|path| path.file_name().unwrap().as_encoded_bytes().starts_with(b"stencil-")).collect()

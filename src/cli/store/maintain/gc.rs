@@ -18,9 +18,10 @@ use crate::store::{Collect, Collected, Digest, Store};
 /// Free the space that no template references
 ///
 /// The blocks of a removed template stay in the store, because other templates may reference them. This command removes
-/// packs without referenced records, and rewrites packs that are at least half unreferenced, and the worst of the
-/// others while these hold much unreferenced data (with --all, every pack that has an unreferenced record). Imports
-/// wait during the run; mounts and clones are not affected.
+/// packs without referenced records, and rewrites packs that are at least half unreferenced. While all other packs
+/// together hold much unreferenced data, the command also rewrites the packs with the largest unreferenced share. With
+/// --all, it rewrites every pack that has an unreferenced record. Imports wait during the run; mounts and clones are
+/// not affected.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -65,7 +66,7 @@ impl Report for Collection {
             writeln!(out, "template {digest} {}", if self.dry_run { "would be removed" } else { "removed" })?;
         }
         for digest in &self.kept_digests {
-            writeln!(out, "template {digest} has no tag and is kept: it is or may be in use")?;
+            writeln!(out, "template {digest} has no tag and is kept, because it may be in use")?;
         }
         let would = if self.dry_run { "would be " } else { "" };
         writeln!(out, "{freed_bytes} {would}freed ({} bytes)", freed_bytes.get())?;

@@ -34,7 +34,7 @@ pub struct VerifyArgs {
 struct VerifyReport {
     #[serde(flatten)]
     verified: Verified,
-    /// Templates to which at least one of the damages belongs.
+    /// Templates that at least one of the damages affects.
     affected: Vec<AffectedTemplate>,
 }
 

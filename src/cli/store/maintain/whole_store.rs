@@ -34,9 +34,9 @@ enum StoreCommand {
 
 /// Unseal the packs of a store: make them changeable
 ///
-/// A mount with `--serve kernel` makes packs immutable (chattr +i), because the kernel decodes them without a comparison
-/// with their hashes. Other programs can then neither remove nor rename them: `rm -r` and `mv` to another file system
-/// fail with EPERM. The next mount with `--serve kernel` seals the packs and verifies the files again.
+/// A mount with `--serve kernel` makes packs immutable (chattr +i), because the kernel decodes them without a
+/// comparison with their hashes. Other programs can then neither remove nor rename them: `rm -r` and `mv` to another
+/// file system fail with EPERM. The next mount with `--serve kernel` seals the packs and verifies the files again.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

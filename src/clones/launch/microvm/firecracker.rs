@@ -104,7 +104,7 @@ fn load_snapshot(api: &mut Api, body: &Value, microvm: &Microvm, wait: &ReadyWai
     let hint = match &microvm.jailer {
         None => {
             "give each clone the devices that the snapshot names: --network for TAP devices; Firecracker opens disks \
-             and the vsock socket at their paths in the snapshot, relative ones in the directory of the clone"
+             and the vsock socket at their paths in the snapshot; relative paths are in the directory of the clone"
                 .to_owned()
         }
         Some(jailer) => format!(

@@ -1,8 +1,8 @@
 //! Firecracker's jailer: prepares the directory of a jail, and the command that starts Firecracker in it.
 //!
-//! The jailer gives each Firecracker its own chroot, `BASE/PROGRAM/ID/root`. The template's directory appears
-//! in the chroot through a mount that only the launch and the jail see: the launch has a mount namespace of its own, and
-//! the jailer makes a copy of that namespace. The host has no mount that would need an unmount.
+//! The jailer gives each Firecracker its own chroot, `BASE/PROGRAM/ID/root`. The template's directory appears in the
+//! chroot through a mount that only the launch and the jail see: the launch has its own mount namespace, and the jailer
+//! makes a copy of that namespace. The host has no mount that would need an unmount.
 
 use std::fs::{self, File};
 use std::io;
@@ -76,15 +76,16 @@ impl Jail {
             .map_err(|e| Error::io("cannot hand the log to the user of the jail", &log, e))?;
         let bind = |source: &Path, name: &str| {
             PrivateMount::bind(source, self.root.join(name.trim_start_matches('/'))).map_err(|e| {
-                Error::io("cannot make this visible in a jail", source, e)
-                    .hint("check with ls that the path can be read; the mount of a template must answer")
+                Error::io("cannot mount the path in a jail", source, e).hint(
+                    "check with ls that the path can be read and that the mount of the template answers",
+                )
             })
         };
         Ok([bind(&target.dir, TEMPLATE)?, bind(&log, VMM_LOG)?])
     }
 }
 
-/// Gives this launch a mount namespace of its own, for the mounts in jails.
+/// Gives this launch its own mount namespace, for the mounts in jails.
 ///
 /// # Errors
 /// Returns an error if the kernel refuses a new mount namespace.

@@ -53,7 +53,7 @@ pub fn resume(active: &ActiveLaunch<'_>, server: Server, launched: Launched) -> 
 }
 
 /// Checks that a process of the clone listens on the API socket, and records that process: the program may be a script
-/// that starts the VMM as a child. The user of a jail can replace the socket.
+/// that starts the VMM as a child. The check is needed because the user of a jail can replace the socket.
 fn expect_own(api: &Api, entry: &mut Entry) -> Result<()> {
     let pid = api.peer_pid()?;
     match ProcessId::of(pid)? {
@@ -64,7 +64,10 @@ fn expect_own(api: &Api, entry: &mut Entry) -> Result<()> {
 }
 
 fn foreign(pid: u32, entry: &Entry) -> Error {
-    Error::failed(format!("process {pid}, which is not of clone {}, listens on the API socket", entry.id))
-        .at(entry.dir.join(API_SOCKET))
-        .hint("find out which program has replaced the socket")
+    Error::failed(format!(
+        "process {pid}, which does not belong to clone {}, listens on the API socket",
+        entry.id
+    ))
+    .at(entry.dir.join(API_SOCKET))
+    .hint("find out which program has replaced the socket")
 }

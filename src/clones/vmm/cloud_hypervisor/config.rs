@@ -115,7 +115,8 @@ fn memory(config: &mut Value, path: &str) -> Result<Vec<String>> {
     for zone in memory.get_mut("zones").and_then(Value::as_array_mut).ok_or_else(invalid)? {
         let zone = zone.as_object_mut().ok_or_else(invalid)?;
         for option in remove_options(zone) {
-            // A zone is shared because its file was the memory of the source VM; that loses nothing.
+            // The zones of the source VM were shared because their files were its memory. Without the option nothing is
+            // lost.
             if option != "shared=on" && !removed.contains(&option) {
                 removed.push(option);
             }
@@ -175,7 +176,7 @@ pub(super) fn written(config: &Value, taps: &[(String, String)]) -> Vec<String> 
 /// Returns [`Code::Usage`](crate::error::Code::Usage) if there is no such network device.
 pub(super) fn set_taps(config: &mut Value, taps: &[(String, String)]) -> Result<()> {
     for (id, tap) in taps {
-        // Not by index, which panics for a document that is no object.
+        // The member is not read by index: an index panics for a document that is no object.
         let mut cards = config.get_mut("net").and_then(Value::as_array_mut).into_iter().flatten();
         let card = cards.find(|card| card["id"] == id.as_str()).and_then(Value::as_object_mut);
         let Some(card) = card else {
@@ -185,7 +186,8 @@ pub(super) fn set_taps(config: &mut Value, taps: &[(String, String)]) -> Result<
                 .hint(format!("network devices of the snapshot: {ids}")));
         };
         card.insert("tap".to_owned(), json!(tap));
-        // A restore would give the TAP device the MAC address of the source's, and expect descriptors.
+        // A restore would give the TAP device the MAC address of the source VM's TAP device, and would expect
+        // descriptors.
         card.remove("host_mac");
         card.remove("fds");
     }

@@ -67,10 +67,8 @@ pub(super) fn convert(snapshot: &mut Value, size: Bytes, zones: &[String]) -> Re
         }
         if !ranges.is_empty() {
             mapping.file_offset = offset(&ranges, mapping).ok_or_else(|| {
-                Error::usage(format!(
-                    "{object} is not, or not as a whole, in the memory ranges of state.json"
-                ))
-                .hint("import a snapshot whose memory zones are either all files or all anonymous memory")
+                Error::usage(format!("the memory ranges of state.json contain no whole copy of {object}"))
+                    .hint("import a snapshot whose memory zones are either all files or all anonymous memory")
             })?;
         }
     }
@@ -83,8 +81,11 @@ pub(super) fn convert(snapshot: &mut Value, size: Bytes, zones: &[String]) -> Re
     let (end, size) = (ends.max().unwrap_or(0), size.get());
     // The file of a zone may be larger than the zone.
     if end > size || end < size && !ranges.is_empty() {
-        return Err(Error::usage(format!("the memory file has {size} bytes, but the state has {end}"))
-            .hint("import the memory file of the same snapshot"));
+        return Err(Error::usage(format!(
+            "the memory file has {size} bytes, but the mappings in the state end at \
+            byte {end}"
+        ))
+        .hint("import the memory file of the same snapshot"));
     }
     *state = json!(memory).to_string();
     Ok(())

@@ -217,12 +217,12 @@ fn devices_and_memory_that_cannot_be_cloned_are_refused_by_name() {
 #[test]
 fn a_memory_file_of_another_state_is_refused() {
     let cases: [Case; 6] = [
-        (&[(0, 32)], &[(0, 32, 0)], "has 67108864 bytes, but the state has 33554432"),
-        (&[(0, 128)], &[(0, 128, 0)], "the state has 134217728"),
-        (&[], &[(0, 65, 0)], "the state has 68157440"),
-        (&[(0, 64)], &[(0, 32, 0), (60, 8, 0)], "not, or not as a whole, in the memory ranges"),
-        (&[(0, 64)], &[(64, 8, 0)], "not, or not as a whole, in the memory ranges"),
-        (&[(0, u64::MAX / MIB)], &[(u64::MAX / MIB, 1, 0)], "not, or not as a whole"),
+        (&[(0, 32)], &[(0, 32, 0)], "has 67108864 bytes, but the mappings in the state end at byte 33554432"),
+        (&[(0, 128)], &[(0, 128, 0)], "end at byte 134217728"),
+        (&[], &[(0, 65, 0)], "end at byte 68157440"),
+        (&[(0, 64)], &[(0, 32, 0), (60, 8, 0)], "contain no whole copy of memory"),
+        (&[(0, 64)], &[(64, 8, 0)], "contain no whole copy of memory"),
+        (&[(0, u64::MAX / MIB)], &[(u64::MAX / MIB, 1, 0)], "contain no whole copy"),
     ];
     for (ranges, mappings, words) in cases {
         let refused = refusal(&snapshot(&anonymous(), ranges, mappings));

@@ -1,5 +1,5 @@
-//! The scenario suite: one folder per theme, one file per scenario; `support` holds the shared code, `alone` the scenarios
-//! that need the host for themselves.
+//! The scenario suite: one folder per theme, one file per scenario; `support` holds the shared code, `alone` the
+//! scenarios that need the host for themselves.
 
 #![allow(
     clippy::cast_lossless,

@@ -1,8 +1,8 @@
 //! Scenarios that run alone on the host: they measure the whole host (free memory, merged pages, swap) or times, use
 //! all its memory, or block scans of all processes.
 //!
-//! They form one module because the test harness runs tests in the order of their paths: the lock of the host then
-//! changes hands only twice in a run.
+//! They form one module because the test harness runs tests in the order of their paths: the lock on the host then
+//! changes between shared and exclusive only twice in a run.
 mod failover;
 mod firecracker_jails;
 mod memory;

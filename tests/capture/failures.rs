@@ -192,8 +192,8 @@ impl Vm {
         command
     }
 
-    /// Starts a capture and stops it, with its qemu-img, once `moment` is true. A capture that completes before is
-    /// repeated.
+    /// Starts a capture and stops it, with its qemu-img, once `moment` is true. If a capture completes earlier, another
+    /// capture is started.
     #[track_caller]
     pub fn stop_capture_at(&mut self, extra: &[&str], moment: impl Fn(&mut Vm) -> bool) -> StoppedCapture {
         for _ in 0..20 {
@@ -205,7 +205,7 @@ impl Vm {
                     kill_process(pid, Signal::STOP).unwrap();
                     let processes = [vec![pid], self.readers()].concat();
                     signal(&processes, Signal::STOP);
-                    // Not at the end of a commit, when QEMU holds back writes of the guest.
+                    // The stop must not come at the end of a commit, when QEMU holds back writes of the guest.
                     std::thread::sleep(Duration::from_millis(50));
                     let jobs = self.qmp.run("query-jobs", json!({})).unwrap();
                     if jobs == json!([]) && moment(self) {

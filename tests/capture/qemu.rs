@@ -104,8 +104,8 @@ fn soak_a_killed_capture_leaves_the_guest_running() {
         });
     }
     println!("{rounds} captures, {completed} of them completed before the signal");
-    // A killed capture leaves no template. The next capture works when the helper of the killed one has restored the
-    // VM's settings and closed its QMP session.
+    // A killed capture leaves no template. The next capture works when the helper of the killed capture has restored
+    // the VM's settings and closed its QMP session.
     let socket = guest.socket();
     patiently("a capture after the helper has exited", Duration::from_secs(15), || {
         let run = world.stencil(&["capture", socket.to_str().unwrap(), "guest:whole"]);

@@ -1,6 +1,6 @@
-//! Operations that a confined process must not be able to do. Each is a real system call with arguments that succeed, or
-//! fail with a distinctive errno, where the operation is allowed; it is made by a child of the test that enters the
-//! sandbox of a server first, by the code of the server.
+//! Operations that a confined process must not be able to do. Each is a real system call with arguments that succeed,
+//! or fail with a distinctive errno, where the operation is allowed; a child of the test enters the sandbox with the
+//! code of the server, and then makes the call.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -33,7 +33,7 @@ pub struct Outcome {
     pub signal: Option<i32>,
 }
 
-/// Makes a system call. A child that it created exits immediately.
+/// Makes a system call. A child that the call has created exits immediately.
 fn call(number: libc::c_long, arguments: [usize; 6]) -> io::Result<usize> {
     let [a, b, c, d, e, f] = arguments;
     // SAFETY: callers pass numbers, null, and pointers to memory that outlives the call and that the system call only
@@ -69,7 +69,8 @@ fn operation(what: &str, object: &str) -> io::Result<()> {
         // The flags of clone3 lie in memory, where a seccomp filter cannot read them; null of length 0 is EINVAL.
         "clone3" => (libc::SYS_clone3, &[]),
         "ptrace" => (libc::SYS_ptrace, &[libc::PTRACE_SEIZE as usize, pid]),
-        // From null, which is EFAULT in the other process; the local address is not used before.
+        // The call reads from the address null of the other process, and fails with EFAULT before it uses the local
+        // address.
         "process_vm_readv" => {
             let local = libc::iovec { iov_base: std::ptr::dangling_mut(), iov_len: 1 };
             let remote = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 };
@@ -78,7 +79,7 @@ fn operation(what: &str, object: &str) -> io::Result<()> {
         }
         "kill" => (libc::SYS_kill, &[pid, libc::SIGTERM as usize]),
         "tgkill" => (libc::SYS_tgkill, &[pid, pid, libc::SIGTERM as usize]),
-        // Standard input receives the signals of its device in the name of the other process.
+        // The other process would receive the signals about standard input.
         "set_owner" => (libc::SYS_fcntl, &[0, libc::F_SETOWN as usize, pid]),
         "pidfd_open" => (libc::SYS_pidfd_open, &[pid]),
         "socket_inet" => (libc::SYS_socket, &[libc::AF_INET as usize, libc::SOCK_STREAM as usize]),
@@ -163,7 +164,8 @@ fn name(error: &io::Error) -> String {
     }
 }
 
-/// Makes a command run with a filter that returns ENOSYS for the system calls of a feature, as a kernel without it does.
+/// Makes a command run with a filter that returns ENOSYS for the system calls of a feature, as a kernel without it
+/// does.
 pub fn hide(command: &mut Command, feature: &str) {
     let calls: &[libc::c_long] = match feature {
         "landlock" => &[

@@ -151,7 +151,7 @@ fn with_seccomp_kill_a_forbidden_call_raises_sigsys() {
     }
 }
 
-/// Each layer refuses alone what the other layer would refuse first.
+/// Each layer alone refuses the operations that the other layer would refuse first.
 #[test]
 fn each_sandbox_layer_works_without_the_other() {
     let _host = host::shared();

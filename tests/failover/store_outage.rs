@@ -64,7 +64,7 @@ fn errno(path: &Path) -> Option<i32> {
 /// Serves two templates, of which one has its pack open, and makes the store unreachable.
 fn outage_is_survived(start_outage: fn(&Path) -> Outage<'_>, why: &str, kill: bool) {
     let _host = host::shared();
-    // Each fault is a READ of its own, so that many READs wait.
+    // Each fault is a separate READ, so that many READs wait.
     let world = TestMount::with(&["--serve", "decode", "--read-ahead", "128K"]);
     let store = world.store_dir();
     let images = [image(1), image(2)];

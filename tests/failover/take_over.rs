@@ -269,7 +269,8 @@ fn amend_ledger(server: u32, change: impl FnOnce(&mut Value)) {
     ledger.write_all_at(&record, u64::from_le_bytes(turn) % 2 * HALF).unwrap();
 }
 
-/// A removal waits for replaced servers that have not exited, but not for a process that has reused the PID of one.
+/// A removal waits for replaced servers that have not exited, but not for a process that has reused the PID of such a
+/// server.
 #[test]
 fn rm_does_not_wait_for_a_process_with_a_reused_pid() {
     let _host = host::shared();
@@ -288,7 +289,7 @@ fn rm_does_not_wait_for_a_process_with_a_reused_pid() {
     world.stencil(&["rm", "web:1"]).ok();
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 
-    // With the right identity the process is a replaced server.
+    // With the right identity, the process counts as a replaced server.
     kill_supervisor(&world);
     amend_ledger(world.recorded_server().unwrap().pid, |snapshot| {
         snapshot["leaving"] = json!([{ "pid": pid, "identity": identity }]);

@@ -28,7 +28,7 @@ fn resolves_mountpoints_without_accessing_the_mount() {
     std::fs::create_dir(&mnt).unwrap();
     std::os::unix::fs::symlink(&mnt, &link).unwrap();
     std::os::unix::fs::symlink(&real, real.join("again")).unwrap();
-    // No server replies on this connection, so any access to the mount blocks for ever.
+    // No server replies on this connection, so an access to the mount would never return.
     let fuse = device::open().unwrap();
     mount::mount_fuse(&fuse, &real, &mnt, false).unwrap();
     let places = [mnt.clone(), real.join("again/mnt"), real.join("mnt/")].map(|path| mount::place(&path));

@@ -1,4 +1,4 @@
-//! `stencil exporter`: its figures, its replies, and what it leaves.
+//! `stencil exporter`: its figures and its replies. It leaves no process, file or descriptor behind.
 
 use std::fs;
 use std::io::Write;
@@ -376,7 +376,7 @@ fn a_socket_is_removed_at_the_end_and_requests_are_limited() {
     let log = exporter.log();
     assert!(log.iter().all(|line| line["process"] == "exporter" && line["message"].is_string()), "{log:?}");
 
-    // Connections that send nothing end, and leave the exporter usable.
+    // Connections that send nothing are closed, and the exporter stays usable.
     let exporter = Exporter::start(&world, &[]);
     let idle: Vec<TcpStream> = (0..50)
         .map(|_| {

@@ -22,7 +22,7 @@ fn every_line_has_the_mount_and_lines_about_a_template_have_its_digest() {
     let digest = world.import_bytes(&bytes, "web:1");
     flip(&world.store_dir());
     lost_blocks(&world.file(&digest, "memory"), &bytes);
-    // Another server, then another program for both, and another supervisor: each continues with the same form.
+    // Another server, then another program for both, and another supervisor: each continues with the same log format.
     world.kill_server();
     let mountpoint = world.mountpoint().to_str().unwrap();
     world.stencil(&["restart", mountpoint]).ok();

@@ -154,7 +154,7 @@ fn soak_a_cache_directory_removed_and_recreated_fails_no_read() {
     assert_eq!(
         mapper.tell("read 0 7") as u8,
         second_bytes[7 * PAGE],
-        "a process that maps the template by decode is still served"
+        "a process that maps the template while it is served by decode is still served"
     );
     drop(clone);
     assert_eq!(world.counter("failed"), 0);
@@ -186,7 +186,7 @@ fn soak_a_temporarily_read_only_cache_fails_no_read() {
     assert_eq!(
         clone.tell("read 0 7") as u8,
         bytes[7 * PAGE],
-        "a process that maps the template by decode is still served"
+        "a process that maps the template while it is served by decode is still served"
     );
     drop(clone);
     assert_eq!(world.counter("failed"), 0);

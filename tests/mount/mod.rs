@@ -1,4 +1,4 @@
-//! Mounts: where they may be, what they serve and refuse, how they end.
+//! Mounts: their places, the operations that they serve and refuse, and their end.
 
 pub mod bad_input;
 pub mod cache_trouble;

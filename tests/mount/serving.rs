@@ -142,7 +142,7 @@ fn first_touch_of_a_backing_maps_huge_pages() {
     host::measured(|| {
         host::compact_memory();
         let mapped = bytes_mapped_with_huge_pages(&world);
-        // One fault for each 2 MiB must map all of it.
+        // One fault in each 2 MiB must map the whole file.
         if mapped == 32 << 20 {
             Ok(())
         } else {

@@ -159,7 +159,7 @@ fn the_daemon_exits_after_umount_8_and_sigterm() {
 
     world.mount(&[]).ok();
     let processes = world.processes();
-    // As service managers stop a service.
+    // A service manager stops a service with this signal.
     processes[0].signal(Signal::TERM).unwrap();
     assert_nothing_is_left(&world, &processes);
 }

@@ -97,8 +97,8 @@ impl Service {
     }
 }
 
-/// Returns a sender; aborts the connection unless the caller sends on it within 30 s. Otherwise a clone that waits for
-/// a reply for ever would block a failed test.
+/// Returns a sender; aborts the connection unless the caller sends on it within 30 s. Otherwise a clone that never gets
+/// a reply would block a failed test.
 fn abort_after_timeout(device: u64) -> mpsc::Sender<()> {
     let (done, receiver) = mpsc::channel();
     std::thread::spawn(move || {
@@ -208,7 +208,7 @@ fn clones_survive_the_death_of_supervisor_and_server() {
 }
 
 /// The manager may still store descriptors of an earlier mount of the service: the next mount removes them, and a
-/// supervisor that takes over tells its own descriptors from them in any order.
+/// supervisor that takes over recognizes its own descriptors, whatever the order.
 #[test]
 fn descriptors_of_an_earlier_mount_are_ignored_and_removed() {
     let _host = host::shared();
@@ -239,7 +239,7 @@ fn descriptors_of_an_earlier_mount_are_ignored_and_removed() {
         let opens = service.world.counter("opens_passthrough");
         service.manager.listen(Duration::from_millis(400));
         service.kill_both(server);
-        // As if the removal of the stale descriptors had been lost.
+        // The result is the same as if the removal of the stale descriptors had been lost.
         let present = std::mem::take(&mut service.manager.store);
         let (first, last) =
             if stale_last { (present, duplicate(&stale)) } else { (duplicate(&stale), present) };
@@ -385,7 +385,7 @@ fn a_stopped_supervisor_sends_no_watchdog_notification() {
     assert_eq!(signs, 0);
     service.assert_reads(&mut clone, 0, 2);
     let server = service.world.processes()[1];
-    // Like systemd when the watchdog timeout has expired.
+    // systemd sends this signal when the watchdog timeout has expired.
     supervisor.signal(Signal::ABORT).unwrap();
     service.manager.end(Signal::KILL);
     service.restart();

@@ -1,9 +1,10 @@
-//! The commands of README.md, of the tutorial and of the how-to pages run as the pages show them, with that output.
+//! The commands of README.md, of the tutorial and of the how-to pages run as the pages show them, and their output is
+//! the shown output.
 //!
-//! Each page is one session of a reader: a fresh home directory and a bash that runs every line that begins with `$ `, in
-//! order (`support::pages::session`). Output is compared line by line; `support::pages::page` has the rules for parts that vary. A command
-//! that fails must be followed by `$ echo $?`. A page may name what must be there before it begins:
-//! `<!-- environment: NAME -->`, see [`prepare`].
+//! Each page is one session of a reader: a fresh home directory and a bash that runs every line that begins with `$ `,
+//! in order (`support::pages::session`). Output is compared line by line; `support::pages::page` has the rules for
+//! parts that vary. A command that fails must be followed by `$ echo $?`. A page may name the environment that it
+//! needs: `<!-- environment: NAME -->`, see [`prepare`].
 //!
 //! `make docs-record` (`STENCIL_UPDATE_DOCS=1`) writes the real output into the pages, and draws docs/tutorial.svg.
 
@@ -24,7 +25,7 @@ use crate::support::vm::{self, guest};
 const MAX_NOT_RUN: usize = 2;
 /// Longest README.
 const README_LINES: usize = 150;
-/// How long a command is repeated that meets another scenario's process which cannot be examined.
+/// How long a command is repeated if it fails because a process of another scenario cannot be inspected.
 const RETRY_LIMIT: Duration = Duration::from_secs(30);
 
 macro_rules! pages {
@@ -66,11 +67,11 @@ fn read(page: &str) -> String {
     fs::read_to_string(path_of(page)).unwrap_or_else(|e| panic!("{page}: {e}"))
 }
 
-/// What a page finds on its host.
+/// Prepares the host of a page.
 fn prepare(environment: &str, session: &mut Session) {
     let home = session.home();
     match environment {
-        // A kernel and an initramfs to boot. The kernel's command line leaves out what is slow without KVM.
+        // A kernel and an initramfs to boot. The kernel's command line turns off features that are slow without KVM.
         "guest-kernel" => {
             let [kernel, initramfs, append] = guest::linux();
             fs::copy(kernel, home.join("vmlinuz")).unwrap();
@@ -133,7 +134,8 @@ fn prepare(environment: &str, session: &mut Session) {
                 fs::write(home.join("snapshot").join(name), json.to_string()).unwrap();
             }
         }
-        // What Kata's factory leaves: a template of QEMU, and on a tmpfs, as Kata mounts it, one of Cloud Hypervisor.
+        // The files that Kata's factory makes: a template of QEMU, and a template of Cloud Hypervisor on a tmpfs, as
+        // Kata mounts it.
         "kata-factory" => {
             let memory = "seq 1 9999999 | head -c 32M >/run/vc/vm/template/memory";
             tell(session, &format!("mkdir -p /run/vc/vm/template && {memory}"));
@@ -156,7 +158,7 @@ fn tell(session: &mut Session, command: &str) {
     assert_eq!(outcome.code, 0, "{command}: {}", outcome.text);
 }
 
-/// Runs a command; again while it meets a process of another scenario that cannot be examined.
+/// Runs a command. Repeats the command while its error is that a process of another scenario cannot be inspected.
 fn outcome(session: &mut Session, command: &str) -> Result<Outcome, String> {
     let end = Instant::now() + RETRY_LIMIT;
     loop {
@@ -167,13 +169,13 @@ fn outcome(session: &mut Session, command: &str) -> Result<Outcome, String> {
     }
 }
 
-/// Saves a block as the file that it is.
+/// Saves a block as a file at this path.
 fn save(session: &mut Session, block: &Block, path: &str) {
     let text = block.lines.join("\n").replace('\'', "'\\''");
     tell(session, &format!("mkdir -p \"$(dirname {path})\" && printf '%s\\n' '{text}' >{path}"));
 }
 
-/// Runs a page. Gives its lines with the output that is there now, and what does not agree with them.
+/// Runs a page. Returns its lines with the real output of the commands, and the differences from the shown output.
 fn run_page(page: &str) -> (Vec<String>, Vec<String>) {
     let text = read(page);
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
@@ -244,7 +246,8 @@ fn run_page(page: &str) -> (Vec<String>, Vec<String>) {
     (lines, faults)
 }
 
-/// Shown lines with `-`, real ones with `+`, those that agree with a blank.
+/// Returns the lines of both outputs: equal lines begin with a blank, further shown lines with `-`, further real lines
+/// with `+`.
 fn difference(shown: &[String], real: &[String], varies: &[&str]) -> String {
     let same = shown.iter().zip(real).take_while(|(s, r)| line_matches(s, r, varies)).count();
     let with =

@@ -1,4 +1,4 @@
-//! The layers of the source code: imports go in one direction, and only the fence around the kernel holds unsafe code.
+//! The layers of the source code: imports go in one direction, and only the layer of kernel interfaces has unsafe code.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::support::pages::imports::{Crate, circles, module_path};
 
-/// Layer of each module of the library; the same number may not import each other. Every module may import those of
-/// layer 0.
+/// Layer of each module of the library. Modules with the same number may not import each other. Every module may import
+/// those of layer 0.
 const LAYERS: [(&str, u32); 12] = [
     ("units", 0),
     ("error", 0),
@@ -34,7 +34,7 @@ const LAYERS_OF_DAEMON: [(&str, &[&str]); 4] = [
     ("startup", &["protocol", "supervisor"]),
 ];
 
-/// Most source files in one folder.
+/// Largest number of source files in one folder.
 const MAX_FILES: usize = 14;
 
 fn root() -> &'static Path {
@@ -60,7 +60,7 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// True for `remove/tests.rs` where `remove.rs` has it for tests alone.
+/// True for a file such as `remove/tests.rs` if `remove.rs` declares the module under `#[cfg(test)]`.
 fn is_test_module(file: &Path) -> bool {
     let parent = fs::read_to_string(file.parent().unwrap().with_extension("rs")).unwrap_or_default();
     file.ends_with("tests.rs") && parent.contains("#[cfg(test)]\nmod tests;")
@@ -74,7 +74,8 @@ fn forbidden(all: &Crate, folder: &[&str], may_import: impl Fn(&str, &str) -> bo
     let mut wrong = BTreeSet::new();
     for module in all.modules() {
         let Some(own) = inside(module) else { continue };
-        // A re-export does not hide where an item comes from, nor the other way round.
+        // An import counts for the path as it is written and for the module that defines the item, so that a re-export
+        // hides neither.
         let paths = all.imports(module).into_iter().flat_map(|(written, target)| [written, target]);
         let others = paths.filter_map(|path| inside(&path)).filter(|other| children.contains(other));
         for other in others.filter(|other| *other != own && !may_import(&own, other)) {
@@ -185,8 +186,8 @@ fn unsafe_code_stays_behind_the_fence() {
     }
 }
 
-/// Lines of the store's code that open a path as the system resolves it: the files that a user names, and the store's own
-/// folder as the user names it.
+/// Lines of the store's code that open a path as the system resolves it: the files that a user names, and the store's
+/// own folder as the user names it.
 const PATHS_OF_USERS: [(&str, &str); 4] = [
     ("read/export.rs", ""),
     ("write/import/request.rs", "std::fs::metadata(path)"),
@@ -210,7 +211,8 @@ fn resolves_a_path(line: &str) -> Option<&str> {
         code.match_indices(call).find(|(at, _)| {
             let before = code[..*at].strip_suffix("std::").unwrap_or(&code[..*at]);
             let rest = &code[at + call.len()..];
-            // Part of another name, as `PackFile::open(`; a type or function that is imported.
+            // Two kinds of matches do not count: a part of another name, such as `PackFile::open(`, and the import of a
+            // type or function.
             !before.ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':')
                 && (call != "fs::"
                     || rest.split('(').next().unwrap().chars().all(|c| c.is_lowercase() || c == '_'))
@@ -285,8 +287,8 @@ fn the_reader_of_imports_sees_groups_and_passes_over_comments() {
     assert_eq!(folders, [["b::deep imports c", "c imports b"]]);
 }
 
-/// The loop is the part of the supervisor that can fail by itself; what it decides is in the machine, which makes no system
-/// call and reads no clock.
+/// The loop makes the system calls of the supervisor, which can fail. The decisions are in the machine, which makes no
+/// system call and reads no clock.
 #[test]
 fn the_supervisors_loop_stays_small_and_its_machine_pure() {
     let root = root().join("mountd/src/supervisor");
@@ -340,7 +342,7 @@ fn calls(text: &str, names: &[String]) -> bool {
     names.iter().any(|name| text.match_indices(&format!("{name}(")).any(|(at, _)| !after(at)))
 }
 
-/// The functions of a text that call one of these, also through one another.
+/// The functions of a text that call one of these, directly or through other functions of the text.
 fn callers(text: &str, names: &[String]) -> Vec<String> {
     let mut all = names.to_vec();
     loop {
@@ -355,7 +357,7 @@ fn callers(text: &str, names: &[String]) -> Vec<String> {
     }
 }
 
-/// The tests of a scenario that have longer counts, and whose name `make soak` does not take.
+/// The tests of a scenario that have longer counts, and whose names `make soak` does not select.
 fn never_long(scenario: &str, text: &str, long: &[String], taken: &[&str]) -> Vec<String> {
     let callers = callers(text, long);
     let tests =

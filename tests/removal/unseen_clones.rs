@@ -49,7 +49,7 @@ enum Rm {
 
 use Rm::{Named, Removes, Unnamed};
 
-/// Each way and the result of `rm`.
+/// Each way to use a template, and the result of `rm` during that use.
 const WAYS: &[(&str, Rm)] = &[
     ("mapping", Named),
     ("shared mapping", Named),
@@ -147,7 +147,7 @@ impl Held {
         held
     }
 
-    /// Returns the hash of what the holder reads, and ends the use.
+    /// Returns the hash of the bytes that the holder reads, and ends the use.
     fn hash(self) -> Option<u64> {
         match (self.holder, &self.device) {
             (Some(holder), _) => holder.hash(),

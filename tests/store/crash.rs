@@ -30,7 +30,7 @@ fn assert_sound(fixture: &Fixture, sources: &[(&str, &[u8])]) {
         store.template(&digest).unwrap();
     }
     fixture.run(&["verify"]).ok();
-    // The next writer removes what a killed writer left.
+    // The next writer removes the leftovers of a killed writer.
     fixture.import("sweeper", &random(99, 4096));
     fixture.run(&["rm", "sweeper"]).ok();
     fixture.assert_clean();
@@ -122,7 +122,7 @@ fn simultaneous_imports_share_a_name_or_content() {
     let (a, b) = (fixture.file("a", &same), fixture.file("b", &other));
     let (a, b) = (a.to_str().unwrap(), b.to_str().unwrap());
     for round in 0..4 {
-        // In the first round they also race to create the store.
+        // In the first round the imports also race to create the store.
         let children: Vec<Child> = [("same", a), ("same", a), ("contested", a), ("contested", b)]
             .iter()
             .map(|(name, source)| {

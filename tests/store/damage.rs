@@ -128,8 +128,8 @@ fn soak_any_flipped_bit_is_reported_and_never_served() {
     assert_eq!(assert_no_wrong_byte(&fixture, &templates), 0);
 }
 
-/// By the commands: exit code 3; `verify` reports pack, offset, template and file; a failed export leaves OUT as it
-/// was.
+/// With the commands instead of the library: the exit code is 3; `verify` reports pack, offset, template and file; a
+/// failed export leaves OUT as it was.
 #[test]
 fn verify_reports_damage_and_export_writes_no_output() {
     let (fixture, templates) = fixture();
@@ -298,8 +298,8 @@ fn importing_again_repairs_damage() {
     }
 }
 
-/// A reader that announced more blocks reads several records at once. The records before a cut stay readable, and a record
-/// that was repaired is read again.
+/// A reader that announced more blocks reads several records at once. The records before a cut stay readable, and a
+/// record that was repaired is read again.
 #[test]
 fn a_run_of_records_fails_only_where_it_is_damaged() {
     let _host = host::shared();

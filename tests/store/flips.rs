@@ -111,7 +111,8 @@ impl Sound {
         self.dir.path().join("store").join(file)
     }
 
-    /// Returns the place of every byte of the store, each with a mask: all bits at even offsets, one bit at odd offsets.
+    /// Returns the place of every byte of the store, each with a mask: all bits at even offsets, one bit at odd
+    /// offsets.
     fn places(&self) -> Vec<Place<'_>> {
         let mut places = Vec::new();
         for file in &self.files {
@@ -335,7 +336,7 @@ fn soak_every_flipped_byte_is_reported_and_repaired() {
     );
 }
 
-/// A sample of flips, by the commands.
+/// A sample of flips, checked with the commands instead of the library.
 #[test]
 fn commands_fail_cleanly_on_a_store_with_a_flipped_byte() {
     let sound = Sound::new();

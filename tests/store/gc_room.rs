@@ -149,7 +149,7 @@ fn gc_works_on_a_nearly_full_store() {
     fixture.run(&["verify"]).ok();
 }
 
-/// gc of several full packs leaves the live blocks and at most one pack's size of unreferenced ones.
+/// gc of several full packs leaves the live blocks, and unreferenced blocks of at most the size of one pack.
 #[test]
 fn gc_rewrites_full_packs_into_several() {
     let fixture = Fixture::new();

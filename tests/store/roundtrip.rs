@@ -108,14 +108,15 @@ fn data_is_counted_in_pages() {
     }
 }
 
-/// By the commands: from a file and a pipe, to a file and a pipe; holes stay holes if asked for.
+/// With the commands instead of the library: import from a file and a pipe, export to a file and a pipe. Holes stay
+/// holes on request.
 #[test]
 fn export_returns_the_imported_file() {
     for (shape, mut bytes) in shapes() {
         bytes.resize(bytes.len().next_multiple_of(4096).max(4096), 0);
         let fixture = Fixture::new();
         let source = fixture.path("source");
-        // With real holes where it has zero pages.
+        // The file has real holes in place of its zero pages.
         let file = File::create(&source).unwrap();
         file.set_len(bytes.len() as u64).unwrap();
         for (page, part) in bytes.chunks(4096).enumerate() {

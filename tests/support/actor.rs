@@ -17,7 +17,8 @@ pub fn program() -> &'static Path {
 
 /// Compiles `tests/support/NAME.c` and returns the path of the program.
 pub fn compile(name: &str) -> PathBuf {
-    // Compiled under a temporary name and renamed: another test run may compile the same program at the same time.
+    // The program is compiled under a temporary name and renamed: another test run may compile the same program at the
+    // same time.
     let out = Path::new(STENCIL).with_file_name(format!("stencil-test-{name}"));
     let fresh = out.with_extension(std::process::id().to_string());
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/support/{name}.c"));

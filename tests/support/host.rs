@@ -38,8 +38,8 @@ pub fn rounds<N>(test: N, soak: N) -> N {
     if soaking() { soak } else { test }
 }
 
-/// Takes a measurement that other load on this host, also in other containers, may disturb: repeats a bad one at most
-/// twice. For a deviation that no load explains `figure` must panic itself.
+/// Takes a measurement that other load on this host, also in other containers, may disturb: repeats a bad measurement
+/// at most twice. `figure` itself must panic at a deviation that no load explains.
 #[track_caller]
 pub fn measured(mut figure: impl FnMut() -> Result<(), String>) {
     for left in (0..3).rev() {

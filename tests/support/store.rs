@@ -12,7 +12,7 @@ use stencilfs::store::{
     BLOCK_SIZE, Digest, FileKind, ImportFile, ImportRequest, Imported, Scratch, Source, Store,
 };
 
-/// FNV-1a over 64-bit words, as the scenarios' C programs compute it for a memory.
+/// FNV-1a over 64-bit words, as the C programs of the scenarios compute it for a memory image.
 pub fn word_sum(bytes: &[u8]) -> u64 {
     let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
     words.fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x100_0000_01b3))

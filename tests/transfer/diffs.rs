@@ -159,7 +159,7 @@ fn a_diff_takes_the_space_of_its_changed_pages() {
     assert!(export(&fixture, "vm:1/vm.mem") == memory);
 }
 
-/// Copies that keep the holes are the same diff; others are refused, or lose pages without a trace.
+/// A copy that keeps the holes is the same diff. Any other copy is refused, or loses pages without an error.
 #[test]
 fn a_copy_of_a_diff_must_keep_its_holes() {
     let fixture = Fixture::new();
@@ -170,7 +170,7 @@ fn a_copy_of_a_diff_must_keep_its_holes() {
     let source = folder(fixture.path("1"), &memory, Some(&pages), 1);
     import(&fixture, &source, &["vm:1", "--base", "vm:0"]).ok();
     assert!(export(&fixture, "vm:1/vm.mem") == memory);
-    // What a copy without the zero pages gives: the base's pages are back.
+    // The memory that results if a copy loses the zero pages: the pages of the base take their place.
     let mut without_zeros = memory.clone();
     for page in pages.iter().filter(|page| is_zero(page)) {
         without_zeros[page * PAGE..(page + 1) * PAGE].copy_from_slice(&base[page * PAGE..(page + 1) * PAGE]);
@@ -205,7 +205,7 @@ fn a_copy_of_a_diff_must_keep_its_holes() {
         assert!(ran.code == 2 && ran.stderr.contains("the diff has no hole"), "{program}: {ran:?}");
         assert!(ran.stderr.contains("tar --sparse") && ran.stderr.contains("--all-pages"), "{ran:?}");
     }
-    // A guest that has written every page: what is in the file is the memory.
+    // If the guest has written every page, the file alone is the memory.
     import(&fixture, &copy, &["vm:2", "--base", "vm:0", "--all-pages"]).ok();
     assert!(export(&fixture, "vm:2/vm.mem") == fs::read(copy.join("vm.mem")).unwrap());
     fixture.assert_clean();
@@ -314,7 +314,8 @@ fn the_base_is_neither_removed_nor_moved_nor_repaired_unnoticed() {
         let mut command = stencil(fixture.dir.path(), &args);
         let child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
         let writer = File::options().write(true).open(fifo).unwrap();
-        // More than fits into the pipe and the import's batches: it has read the memory, which comes first.
+        // This state does not fit into the pipe and the import's batches. When it has been written, the import has read
+        // the memory, which comes first.
         let mut writer = writer;
         writer.write_all(&random(1, 16 * MIB)).unwrap();
         (child, writer)

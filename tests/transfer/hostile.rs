@@ -84,7 +84,7 @@ fn soak_mutated_streams_give_the_right_template_or_nothing() {
     let store = to.store();
     let path = to.path("incoming");
     let seed = host::rounds(1, u64::from(std::process::id()));
-    // Shown if the test fails.
+    // The seed is shown if the test fails.
     println!("seed {seed}");
     let mut dice = Dice(seed);
     let (mut accepted, mut refused) = (0, 0);

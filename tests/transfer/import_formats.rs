@@ -85,7 +85,7 @@ fn import_names_formats_other_than_raw_memory() {
         let args = ["import", path.to_str().unwrap(), "odd:1"];
         world.stencil(&args).exits(2).says(what).says("--format raw");
         if path.ends_with("fixed.vhd") {
-            // The magic number is at the end of a fixed VHD: not seen in a pipe until all bytes have been read.
+            // The magic number of a fixed VHD is at its end: `import` sees it in a pipe only after all other bytes.
             continue;
         }
         let mut command = world.command();

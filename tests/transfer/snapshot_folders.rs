@@ -98,7 +98,8 @@ fn every_kind_of_folder_comes_back_byte_for_byte() {
         fs::create_dir(&out).unwrap();
         fixture.run(&["export", name, out.to_str().unwrap()]).ok();
         assert!(contents(&out) == contents(Path::new(source)), "{name}");
-        // By its size, a memory file with holes is whole for every program; a VMM reads holes as another page.
+        // Memory files are exported without holes: a hole does not change the length of a file, but a VMM may take a
+        // hole for a page of another file.
         let allocated = |path: PathBuf| fs::metadata(path).unwrap().blocks() * 512;
         assert!(
             allocated(out.join(memory)) >= 4 * MIB as u64,
@@ -274,12 +275,12 @@ fn memory_and_state_are_found_under_any_names() {
         assert!(fs::read(path).unwrap() == files[number].1, "{name}");
     }
     assert!(world.stencil(&["args", "fc", "--vmm", "qemu"]).ok().out.contains("/snapshot.mem"));
-    // The template's directory in the mount has what the VMM's own directory had.
+    // The template's directory in the mount has the files of the VMM's own directory.
     let served = world.stencil(&["path", "fc"]).ok().out;
     let mut served = contents(Path::new(served.trim()));
     served.remove("manifest.json").unwrap();
     assert!(served == contents(&source));
-    // A command gets the paths.
+    // The placeholders of a command have the paths of the files.
     let told = world.dir().join("told");
     let script =
         format!("echo $1 $2 >{}; echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 60", told.display());
@@ -289,7 +290,7 @@ fn memory_and_state_are_found_under_any_names() {
     let names: Vec<_> = text.split_whitespace().map(|path| Path::new(path).file_name().unwrap()).collect();
     assert_eq!(names, ["snapshot.mem", "snapshot.state"]);
     world.stencil(&["stop", "--all"]).ok();
-    // A simulated clone maps the memory, and its bitmap is that of this file.
+    // A simulated clone maps the memory, and `dirty --bitmap` writes the pages of that file.
     let clone = world.json(&["clone", "fc", "--simulate", "read=10p,write=7p"]);
     let (id, bitmap) = (clone["clones"][0]["id"].as_str().unwrap(), world.dir().join("bitmap"));
     world.stencil(&["dirty", id, "--bitmap", bitmap.to_str().unwrap()]).ok();

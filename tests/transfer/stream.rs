@@ -246,7 +246,7 @@ fn load_of_a_truncated_pipe_leaves_nothing() {
             assert_eq!(load.status.code(), Some(3), "{load:?}");
             assert_nothing(&to);
         }
-        // A short rest fits into the pipe's buffer; otherwise `save` gets EPIPE.
+        // If the rest of the stream fits into the pipe's buffer, `save` succeeds; otherwise it gets EPIPE.
         let stderr = String::from_utf8_lossy(&save.stderr);
         assert!(save.status.success() || stderr.contains("Broken pipe"), "{stderr}");
         assert!(save.status.success() || stderr.lines().count() == 2, "{stderr}");
@@ -370,8 +370,8 @@ fn a_killed_load_leaves_a_sound_store() {
             to.run(&["rm", &digest.to_string()]);
         }
         for pack in to.files("packs").into_iter().skip(1).filter(|_| attempt % 2 == 0) {
-            // Half of the attempts have to write everything; the pack of "base" may be deleted too, "base" is imported
-            // again below.
+            // In half of the attempts `load` has to write all blocks. The pack of "base" may be deleted too, so "base"
+            // is imported again below.
             fs::remove_file(pack).unwrap();
         }
         to.import("base", &guest_like(7, 1 << 20));

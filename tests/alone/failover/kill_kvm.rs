@@ -141,7 +141,7 @@ fn kill_under_guests(serve: &str) {
     let mut in_kvm_run = 0;
     let wanted = host::rounds(8, 50);
     for round in 0..wanted * 20 {
-        // At various moments in the life of a guest; kills between two guests do not count.
+        // The kills come at various moments in the life of a guest. A kill between two guests does not count.
         std::thread::sleep(Duration::from_micros(1000 + round * 7919 % 40_000));
         if !guests.current().0 {
             continue;

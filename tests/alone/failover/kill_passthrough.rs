@@ -27,7 +27,7 @@ fn kill_during<T: Send>(drill: &mut Drill<'_>, pause: Duration, work: impl FnOnc
         let work = scope.spawn(work);
         let deadline = Instant::now() + Duration::from_secs(300);
         for round in 0u64.. {
-            // A backing can be completed in the longer intervals; on a slow host in later rounds.
+            // A backing can be completed in the longer intervals, on a slow host only in later rounds.
             let factor = (0.2 + (round * 7919 % 100) as f64 / 25.0) * (1 + round / 30) as f64;
             std::thread::sleep(pause.mul_f64(factor));
             if work.is_finished() {
@@ -67,7 +67,8 @@ fn first_opens_survive_server_kills_during_hydration() {
         let path = world.file(&digest, "memory");
         std::thread::scope(|scope| {
             let opens = scope.spawn(|| open_and_compare(&path, &bytes));
-            // At the start of the hydration, and while the backing is filled, frozen, verified or registered.
+            // The kills come at the start of the hydration, and while the backing is filled, frozen, verified or
+            // registered.
             for kill in 0..3 {
                 if drill.kill_when(Duration::from_millis(500), |r| r.phase == Phase::Parked).is_none() {
                     break;

@@ -74,7 +74,8 @@ fn measure_heartbeats(serve: &str) -> Result<(), String> {
         wait_heartbeats(QUIET_BEATS);
         let first_kill = Instant::now();
         for kill in 0..MAX_KILLS {
-            // By decode, at a moment when a guest waits for a page that is not resident, if there is one within 3 s.
+            // With `--serve decode`, kill the server while a guest waits for a page that is not resident, if that
+            // happens within 3 s.
             if serve != "decode" || drill.kill_when(Duration::from_secs(3), is_read).is_none() {
                 drill.kill();
             }

@@ -33,7 +33,7 @@ fn measure_delays(serve: &str) -> Result<(), String> {
     let path = world.file(&digest, "memory");
     let mut readers = Readers::new(world.dir(), PAUSE);
     let ways = ["map", "map", "map", "readahead", "pread", "stream", "direct", "direct1m"];
-    // The kernel does not read directly what it decodes.
+    // The kernel refuses direct reads of a file that it decodes.
     let ways = if serve == "kernel" { &ways[..6] } else { &ways };
     readers.apart(ways, IMAGE, &path);
     readers.add("names", IMAGE, &path, 0, IMAGE.pages);
@@ -46,7 +46,7 @@ fn measure_delays(serve: &str) -> Result<(), String> {
         readers.wait_progress(20);
         drill.mark();
         readers.wait_progress(20);
-        // At various moments of the readers.
+        // The kills come at various moments of the reads.
         std::thread::sleep(Duration::from_micros(round * 7919 % 10_000));
         drill.kill();
     }

@@ -1,4 +1,4 @@
-//! Failover drills and what blocks or exhausts the host.
+//! Failover drills, and scenarios that block or exhaust the host.
 
 mod crowds;
 mod hostile_server;

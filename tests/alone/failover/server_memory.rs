@@ -94,8 +94,8 @@ fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
         (&quiet["last_end"], &quiet["next_start"]),
         (&serde_json::Value::Null, &serde_json::Value::Null)
     );
-    // Enough memory for a server to start, and too little to decode blocks.
-    // A server that has decoded all data nevertheless is limited again and gets the same reads.
+    // Enough memory for a server to start, and too little to decode blocks. If a server has decoded all data
+    // nevertheless, the limit is set again, and the server gets the same reads.
     let file = world.file(&digest, "memory");
     let opened = File::open(&file).unwrap();
     let mut reader = limited_reader(&group, &opened, &file);

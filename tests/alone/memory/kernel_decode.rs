@@ -23,7 +23,7 @@ fn clones_share_one_copy_in_large_mappings_and_it_is_counted_to_the_page() {
     world.wait_until_verified(&digest);
     let path = world.file(&digest, "memory");
     host::measured(|| {
-        // Without free memory in pieces of 2 MiB the kernel maps smaller ones.
+        // Without free memory in pieces of 2 MiB, the kernel maps smaller pieces.
         host::compact_memory();
         drop_caches();
         let file = File::open(&path).unwrap();
@@ -69,7 +69,7 @@ fn a_read_in_order_without_advice_makes_memory_that_is_mapped_by_2_mib_entries()
         host::compact_memory();
         drop_caches();
         let file = File::open(&path).unwrap();
-        // The first mapping fills the page cache, the second maps what is there.
+        // The first mapping fills the page cache, the second maps the pages that are there.
         let mappings = [0, 1].map(|_| {
             let mapping = private_mapping(&file, bytes.len() as u64);
             for (page, expected) in bytes.iter().step_by(PAGE).enumerate() {
@@ -89,8 +89,8 @@ fn a_read_in_order_without_advice_makes_memory_that_is_mapped_by_2_mib_entries()
     assert_eq!(share_mapped(&["--serve", "kernel", "--read-ahead", "128K"]), 0.0);
 }
 
-/// sysfs shows EROFS mounts by serial numbers alone, so the supervisors must tell apart mounts that they make at the same
-/// time.
+/// sysfs shows EROFS mounts by serial numbers alone, so the supervisors must tell apart mounts that they make at the
+/// same time.
 #[test]
 fn templates_that_are_mounted_at_the_same_time_all_get_the_read_ahead() {
     const TEMPLATES: u8 = 8;

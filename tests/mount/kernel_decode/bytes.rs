@@ -1,4 +1,4 @@
-//! What the kernel decodes is what was imported: every record kind, and at the first open of a verified template.
+//! The kernel decodes the imported bytes from every kind of record, and serves a verified template at its first open.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -59,7 +59,7 @@ fn every_kind_of_record_is_decoded_byte_for_byte() {
     }
     assert_eq!(world.counter("reads"), before, "no READ reaches the server");
 
-    // Disks are read directly by VMMs, which the kernel does not support for files that it decodes.
+    // VMMs read disks directly (`O_DIRECT`), which the kernel refuses for files that it decodes.
     let direct = |path: &Path| File::options().read(true).custom_flags(libc::O_DIRECT).open(path);
     for (tag, digest, _, disk) in &all {
         let path = world.file(digest, "disk");

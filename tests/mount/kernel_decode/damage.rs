@@ -1,5 +1,5 @@
-//! A byte that is flipped before the verification is never served by the kernel; one that is flipped afterwards is found
-//! by the scrub.
+//! The kernel never serves a byte that was flipped before the verification. The scrub finds a byte that was flipped
+//! afterwards.
 
 use std::fs::{self, File};
 
@@ -61,7 +61,7 @@ fn damage_in_compressed_records_is_named_and_not_retried() {
         let answer = world.json(&["import", source.to_str().unwrap(), "web:1", "--compression", codec]);
         flip(&world.store_dir());
         world.mount(&["--serve", "kernel"]).ok();
-        // Without an open: a mount verifies all templates.
+        // No file is opened: a mount verifies all templates.
         let why = wait_for("the verification in the background", || {
             let why = world.status()["templates"][0]["why"].as_str()?.to_owned();
             (!why.contains("being verified")).then_some(why)
@@ -113,7 +113,7 @@ fn a_byte_flipped_after_the_verification_is_found_by_the_scrub_and_by_no_later_m
     let path = world.file(&digest, "memory");
     assert_eq!(lost_blocks(&path, &bytes).len(), 1);
 
-    // The successor of the server knows it too.
+    // The successor of the server serves the file by decode too.
     world.kill_server();
     assert_eq!(lost_blocks(&path, &bytes).len(), 1);
     assert_eq!(world.status()["templates"][0]["serving"], "decode");

@@ -1,4 +1,5 @@
-//! Sealed packs: nothing changes what the kernel decodes; a collection and `store unseal` and `destroy` undo the seal.
+//! Sealed packs: no process changes the bytes that the kernel decodes; `gc`, `store unseal` and `store destroy` remove
+//! the seal.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -57,7 +58,7 @@ fn sealed_packs_can_be_neither_changed_nor_removed_and_unseal_refuses_a_mounted_
 fn a_collection_removes_sealed_packs_and_clones_keep_their_bytes() {
     let _host = host::shared();
     let world = TestMount::new("kernel");
-    // Two templates in one pack; the collection rewrites it, and removes the pack of the third.
+    // Two templates are in one pack. The collection rewrites this pack, and removes the pack of the third template.
     let (kept, gone) = (random(1, LENGTH), random(2, LENGTH));
     let both = world.dir().join("both");
     fs::write(&both, [&kept[..], &gone[..]].concat()).unwrap();

@@ -81,8 +81,8 @@ impl<'a> Drill<'a> {
             let server = self.world.recorded_server()?;
             let process = pidfd_open(Pid::from_raw(server.pid as i32)?, PidfdFlags::empty()).ok()?;
             let table = find_table(server.pid)?;
-            // The descriptors are open: if the start time still matches, both belong to this server and not to a reuse
-            // of its PID.
+            // The descriptors are open: if the start time still matches, both belong to this server and not to a later
+            // process with the same PID.
             server.is_alive().then_some(Aim { server, process, table })
         })
     }
@@ -206,8 +206,8 @@ pub struct Delays {
 }
 
 impl Delays {
-    /// Collects the reads between each moment of `at` and the next one of `all`. A read that ends later counts only if
-    /// `beyond` is set (for kills).
+    /// Collects the reads between each moment of `at` and the next moment of `all`. A read that ends later counts only
+    /// if `beyond` is set (for kills).
     fn of(at: &[u64], all: &[u64], readers: &[Finished], beyond: bool) -> Delays {
         let mut delays = Delays { each: Vec::new(), worst: Vec::new(), without_kill: Vec::new() };
         for &moment in at {

@@ -1,4 +1,4 @@
-//! Guards: things of a scenario that are released on drop, also when the scenario fails.
+//! Guards: objects of a scenario that are released on drop, also when the scenario fails.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

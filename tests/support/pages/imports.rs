@@ -9,13 +9,13 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 /// The names on the way from the root of a crate to a module, or to an item of a module.
 pub type Names = Vec<String>;
 
-/// Nodes with the nodes that they import, and one import for each.
+/// For each node, the nodes that it imports, each with one import as an example.
 pub type Graph = BTreeMap<String, BTreeMap<String, String>>;
 
 /// The modules of a crate that have their own file.
 pub struct Crate(BTreeMap<Names, Source>);
 
-/// What a file names.
+/// The names in a file.
 #[derive(Default)]
 struct Source {
     /// The modules that the file declares.
@@ -75,7 +75,8 @@ impl Crate {
     }
 
     /// Returns what a module imports, from the root of the crate: each path as it is written, and the module that
-    /// defines the item. The re-exports of a module from below itself are no imports, unless its own code uses them.
+    /// defines the item. A re-export of an item from a child module is no import, unless the module's own code uses the
+    /// item.
     pub fn imports(&self, module: &Names) -> BTreeSet<(Names, Names)> {
         let source = &self.0[module];
         let is_import = |u: &&Use, path: &Names| {
@@ -144,7 +145,7 @@ impl Crate {
         graph
     }
 
-    /// Returns the imports between the files and folders of each folder, where a folder stands for all that is in it.
+    /// Returns the imports between the files and folders of each folder, where a folder stands for all files in it.
     pub fn folders(&self) -> Vec<Graph> {
         let mut graphs: BTreeMap<Names, Graph> = BTreeMap::new();
         for module in self.modules() {

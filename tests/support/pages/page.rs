@@ -20,8 +20,8 @@
 //! | `time` | a number and a unit of time, a rate (a size and `/s`), a moment in RFC 3339 |
 //! | `address` | a UUID, a MAC address, an IP address with a port |
 //!
-//! A block of another language with `file=PATH` is saved under that path, as the reader would do. In output, `[..]` stands
-//! for any text in a line, and a line `[...]` for any number of lines. Runs of blanks count as one blank.
+//! A block of another language with `file=PATH` is saved under that path, as the reader would do. In output, `[..]`
+//! stands for any text in a line, and a line `[...]` for any number of lines. Runs of blanks count as one blank.
 
 /// A fenced block.
 pub struct Block {
@@ -101,7 +101,8 @@ pub fn blocks(text: &str) -> Vec<Block> {
     blocks
 }
 
-/// Violations of the rules for a page: every command is in a block that is run or says why not.
+/// Violations of the rules for a page: every command is in a block that is run, or that gives the reason why it is not
+/// run.
 pub fn violations(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     for block in blocks(text) {
@@ -170,7 +171,7 @@ fn is_number(word: &str) -> bool {
         && word.chars().all(|c| c.is_ascii_digit() || c == '.' || c == '-')
 }
 
-/// How many of the first words belong to the class, 0 if the first one does not. `before` is what comes before them.
+/// How many of the first words belong to the class, 0 if the first one does not. `before` is the text before them.
 fn belongs(class: &str, words: &[&str], before: &str) -> usize {
     let word = words[0];
     let next = |at: usize| words.get(at).copied().unwrap_or("");
@@ -290,7 +291,7 @@ pub fn matches(shown: &[String], real: &[String], varies: &[&str]) -> bool {
     }
 }
 
-/// The real lines, with those shown lines in their place that have `[..]` and stand for one.
+/// The real lines, except that a shown line with `[..]` replaces the real line that it matches.
 pub fn updated(shown: &[String], real: &[String]) -> Vec<String> {
     let mut next = 0;
     real.iter()

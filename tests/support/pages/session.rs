@@ -56,7 +56,7 @@ pub struct Outcome {
     pub code: i32,
 }
 
-/// One reader's session. Dropped, the session ends with everything that was started in it.
+/// One reader's session. Dropping the value ends the session, with all processes and mounts of the session.
 pub struct Session {
     dir: tempfile::TempDir,
     /// Keeps the namespace; ends when its standard input is closed.
@@ -138,7 +138,8 @@ impl Session {
         }
     }
 
-    /// Names home and temporary directory as a reader's, and the shell as an interactive one does.
+    /// Replaces the paths of the home and the temporary directory by those of a reader, and the name of the shell's
+    /// file by that of an interactive shell.
     fn as_the_reader_sees(&self, text: &str, file: &Path) -> String {
         let path = |name: &str| self.dir.path().join(name).display().to_string();
         let shell = format!("{}: line ", file.display());
@@ -155,7 +156,7 @@ impl Session {
             .replace(&path("tmp"), "/tmp")
     }
 
-    /// Clones, mounts and processes that the session has not ended, after a moment for those that are ending.
+    /// Clones, mounts and processes that the session has not ended. Waits a moment for those that are ending.
     pub fn leftovers(&mut self) -> Vec<String> {
         let script = "env -u STENCIL_STORE stencil -q ps --ids; awk '$3 == \"fuse.stencil\" { print $2 }' /proc/self/mounts";
         let end = Instant::now() + Duration::from_secs(5);
@@ -176,8 +177,8 @@ impl Session {
     }
 }
 
-/// True for a warning that names, as `4711 (name)`, a process of the host which is not of this session: processes of other
-/// scenarios come and go that cannot be examined.
+/// True for a warning that names a process outside of this session, such as `4711 (name)`: it is a process of another
+/// scenario that could not be inspected.
 fn warns_of_a_stranger(line: &str, ours: &[u32]) -> bool {
     let words: Vec<&str> = line.split(' ').collect();
     let mut pairs = words.windows(2).filter(|pair| pair[1].starts_with('('));

@@ -34,7 +34,8 @@ pub fn program(name: &str) -> PathBuf {
 pub fn guest() -> &'static Path {
     static GUEST: OnceLock<PathBuf> = OnceLock::new();
     GUEST.get_or_init(|| {
-        // Compiled under a temporary name and renamed: another test run may compile the guest at the same time.
+        // The guest is compiled under a temporary name and renamed: another test run may compile the guest at the same
+        // time.
         let out = Path::new(STENCIL).with_file_name("stencil-test-firecracker-guest");
         let fresh = out.with_extension(std::process::id().to_string());
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/firecracker-guest");
@@ -64,7 +65,7 @@ pub struct Serial {
 impl Serial {
     /// Opens the serial port of a clone of `stencil clone`.
     pub fn of_clone(dir: &Path) -> Serial {
-        // Opened for reading too: the open would wait for a reader.
+        // The FIFO is opened for reading too: an open for writing alone would wait for a reader.
         let input = File::options().read(true).write(true).open(dir.join("serial.in")).unwrap();
         Serial { input, output: dir.join("serial.log"), read: 0 }
     }
@@ -108,8 +109,8 @@ impl Firecracker {
         Firecracker::start_by(dir, Command::new(program("firecracker")))
     }
 
-    /// Same as [`start`](Self::start) by another command, to which the arguments of Firecracker are added. Its files are
-    /// in `dir`.
+    /// Same as [`start`](Self::start) with another command, to which the arguments of Firecracker are added. Its files
+    /// are in `dir`.
     pub fn start_by(dir: &Path, mut command: Command) -> Firecracker {
         for name in ["log", "serial.log"] {
             File::create(dir.join(name)).unwrap();

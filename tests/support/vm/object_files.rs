@@ -94,8 +94,8 @@ pub fn explain(object: &str, files: &Files, uid: Option<u32>) -> (Verdict, Value
         None => PathBuf::from(env!("CARGO_BIN_EXE_stencil")),
         Some(_) => {
             let copy = files.path("stencil");
-            // Copied by cp(1): if this process wrote the file, a child that another thread is starting could inherit
-            // the open descriptor, and execve would fail with ETXTBSY.
+            // The program is copied by cp(1): if this process wrote the file, a child that another thread is starting
+            // could inherit the open descriptor, and execve would fail with ETXTBSY.
             run(Command::new("cp").arg(env!("CARGO_BIN_EXE_stencil")).arg(&copy));
             copy
         }

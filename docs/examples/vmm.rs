@@ -1,5 +1,5 @@
-//! A small VMM: runs a guest whose RAM is a template's file, mapped copy-on-write, until the guest halts, and prints the
-//! pages that the guest has copied.
+//! A small VMM: runs a guest whose RAM is a template's file, mapped copy-on-write, until the guest halts, and prints
+//! the pages that the guest has copied.
 //!
 //! ```sh
 //! cargo run --no-default-features --features rust-vmm --example vmm -- /srv/templates/templates/guest/1/memory
@@ -26,7 +26,7 @@ const ABOVE_DEVICES: u64 = 4 << 30;
 
 const SERIAL_PORT: u16 = 0x3f8;
 
-/// Page of KVM's own for real mode on Intel CPUs, between the devices.
+/// Address of a page that KVM itself uses for real mode on Intel CPUs. It lies between the addresses of devices.
 const TSS: usize = 0xfffb_d000;
 
 fn main() -> ExitCode {
@@ -54,7 +54,7 @@ fn run(memory: &Backend) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Lays out the memory as the RAM of a PC: below the devices, and the rest at 4 GiB.
+/// Lays out the memory as the RAM of a PC: one part below the addresses of devices, and the rest at 4 GiB.
 fn guest_ram(memory: &Backend) -> Result<GuestMemoryMmap<CopiedPages>, Box<dyn Error>> {
     let size = memory.len().get();
     let mut regions = vec![memory.guest_region(GuestAddress(0), 0..size.min(DEVICES))?];
@@ -107,8 +107,8 @@ fn run_until_halt(cpu: &mut VcpuFd) -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Prints the number of copied pages, and each as the guest address of its first byte. A VMM would write these pages into
-/// a snapshot: all other pages are those of the template.
+/// Prints the number of copied pages, and the guest address of each. A VMM would write these pages into a snapshot: all
+/// other pages are those of the template.
 fn print_copied(ram: &GuestMemoryMmap<CopiedPages>) {
     let mut copied = Vec::new();
     for region in ram.iter() {

@@ -1,5 +1,6 @@
 //! Value parsers of the command line, with the remedy in the error message.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use crate::error::Error;
@@ -42,6 +43,29 @@ pub fn read_ahead(text: &str) -> Result<crate::units::Bytes, String> {
 /// Same as [`word`].
 pub fn seconds(text: &str) -> Result<std::time::Duration, String> {
     crate::control::parse_seconds(text).map_err(explain)
+}
+
+/// A label of a template or a clone.
+#[derive(Debug, Clone)]
+pub struct Label(String, String);
+
+impl Label {
+    /// Returns the values by their keys. Of several values for a key, the last one counts.
+    pub fn map(labels: &[Label]) -> BTreeMap<String, String> {
+        labels.iter().map(|Label(key, value)| (key.clone(), value.clone())).collect()
+    }
+}
+
+impl FromStr for Label {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Label, Error> {
+        match text.split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok(Label(key.to_owned(), value.to_owned())),
+            _ => Err(Error::usage(format!("invalid label '{text}': expected KEY=VALUE"))
+                .hint("write --label KEY=VALUE")),
+        }
+    }
 }
 
 /// Default number of seconds after which a stalled stream is an error.

@@ -14,7 +14,7 @@ use crate::cli::clones::launch_set::LaunchSet;
 use crate::cli::clones::working_set::Recorded;
 use crate::cli::mount::hydrate;
 use crate::cli::output::{Done, Report, to_json};
-use crate::cli::value_parsers::word;
+use crate::cli::value_parsers::{Label, word};
 use crate::cli::{Global, interrupt};
 use crate::clones::agent::Clock;
 use crate::clones::counted;
@@ -66,6 +66,9 @@ pub struct CloneArgs {
     /// prefault=written copies the pages of that file that all recordings of the working set have written
     #[arg(long, value_name = "read=P%,write=P%", value_parser = word::<Simulate>, conflicts_with = "command")]
     simulate: Option<Simulate>,
+    /// Label of the clones, for subtotals in 'stencil density'; may be repeated
+    #[arg(long = "label", value_name = "K=V", value_parser = word::<Label>)]
+    labels: Vec<Label>,
     /// Directory for the disks of the clones; each disk is removed with its clone [default: the runtime directory of
     /// the clone, which is in RAM if /run is]
     #[arg(long, value_name = "DIR", conflicts_with = "simulate")]
@@ -189,6 +192,7 @@ pub fn run(args: &CloneArgs, global: &Global) -> Result<Done> {
         parallel: args.parallel.unwrap_or(cores * 2),
         keep_going: args.keep_going,
         ready_timeout: Duration::from_secs(args.timeout.into()),
+        labels: Label::map(&args.labels),
         disk_dir: args.disk_dir.as_deref().map(disk_directory).transpose()?,
         prefault: match &args.simulate {
             Some(Simulate { prefault: true, .. }) => args.working_set.written(&store, &target)?,

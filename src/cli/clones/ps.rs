@@ -48,6 +48,8 @@ struct Row {
     digest: String,
     created: Option<u64>,
     dir: Option<String>,
+    /// Labels given at launch.
+    labels: BTreeMap<String, String>,
     /// Ports of the host that are forwarded to the guest, by their names in the recipe.
     ports: BTreeMap<String, u16>,
     /// How the clone's process ended, if it has.
@@ -99,6 +101,7 @@ impl Row {
             digest: entry.template.clone(),
             created: Some(entry.created),
             dir: Some(entry.dir.display().to_string()),
+            labels: entry.labels.clone(),
             ports: entry.ports.clone(),
             ended: if state == "ended" { Ended::of(entry) } else { None },
         }
@@ -115,6 +118,7 @@ impl Row {
             digest: clone.maps.first()?.digest.to_string(),
             created: None,
             dir: None,
+            labels: BTreeMap::new(),
             ports: BTreeMap::new(),
             ended: None,
         })

@@ -1,6 +1,5 @@
 //! `stencil import`: imports files as a template.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -11,7 +10,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::cli::output::{Done, Report, to_json};
-use crate::cli::value_parsers::{STALL, mode, seconds, word};
+use crate::cli::value_parsers::{Label, STALL, mode, seconds, word};
 use crate::cli::{Global, interrupt};
 use crate::clones::counted;
 use crate::control::Lease;
@@ -42,8 +41,8 @@ pub struct ImportArgs {
     #[arg(long = "file", value_name = "NAME=PATH[,kind=ram|rom|blob]", value_parser = word::<FileArg>)]
     files: Vec<FileArg>,
     /// Label of the template; may be repeated
-    #[arg(long = "label", value_name = "K=V", value_parser = word::<LabelArg>)]
-    labels: Vec<LabelArg>,
+    #[arg(long = "label", value_name = "K=V", value_parser = word::<Label>)]
+    labels: Vec<Label>,
     /// Format of the source: auto, raw or firecracker
     #[arg(long, default_value = "auto", value_parser = word::<ImportFormat>)]
     format: ImportFormat,
@@ -98,21 +97,6 @@ impl FromStr for FileArg {
             None => (rest, FileKind::Ram),
         };
         Ok(FileArg(ImportFile { name: name.to_owned(), kind, source: source(path.into()) }))
-    }
-}
-
-#[derive(Debug, Clone)]
-struct LabelArg(String, String);
-
-impl FromStr for LabelArg {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<LabelArg> {
-        match text.split_once('=') {
-            Some((key, value)) if !key.is_empty() => Ok(LabelArg(key.to_owned(), value.to_owned())),
-            _ => Err(Error::usage(format!("invalid label '{text}': expected KEY=VALUE"))
-                .hint("write --label KEY=VALUE")),
-        }
     }
 }
 
@@ -224,7 +208,7 @@ impl ImportArgs {
 
     fn request(&self, tag: &TagName, files: Vec<ImportFile>, format: ImportFormat) -> ImportRequest {
         let mut request = ImportRequest::new(Some(tag.clone()), files);
-        request.labels = self.labels.iter().map(|l| (l.0.clone(), l.1.clone())).collect::<BTreeMap<_, _>>();
+        request.labels = Label::map(&self.labels);
         request.format = format;
         request.compression = self.compression;
         request.mode = self.mode;

@@ -57,6 +57,7 @@ impl ActiveLaunch<'_> {
             store: &self.order.target.store,
             kind: self.order.how.kind(),
             touched: None,
+            labels: &self.order.labels,
             disk_dir: self.order.disk_dir.as_deref(),
         }
     }

@@ -105,6 +105,8 @@ pub struct LaunchRequest<'a> {
     pub keep_going: bool,
     /// Timeout for one clone to become ready.
     pub ready_timeout: Duration,
+    /// Labels of the clones.
+    pub labels: BTreeMap<String, String>,
     /// Absolute path of the directory for the clones' disks; `None` for each clone's own directory.
     pub disk_dir: Option<PathBuf>,
     /// For simulated clones: pages of each file to copy before the clone touches others.

@@ -32,6 +32,9 @@ pub const QMP_SOCKET: &str = "qmp.sock";
 /// VMM's API.
 pub const API_SOCKET: &str = "api.sock";
 
+/// Maximum size of all labels of a clone. Its record is at most 1 MiB.
+const MAX_LABELS: usize = 64 << 10;
+
 /// Maximum size of a log that is read into memory.
 const MAX_LOG: Bytes = Bytes::new(256 << 20);
 
@@ -113,6 +116,9 @@ pub struct Entry {
     pub baseline: Option<Baseline>,
     /// Pages that a simulated clone was to touch.
     pub touched: Option<Touched>,
+    /// Labels given at launch.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
     /// Ports of the host, by the N of `{port:N}`.
     pub ports: BTreeMap<String, u16>,
     /// UUID of the virtual machine.
@@ -215,9 +221,10 @@ impl Entry {
     /// Same as [`save`](Self::save), in the open directory of the clone.
     pub(super) fn save_in(&self, directory: &Directory) -> Result<()> {
         if let Some(field) = self.problem_of_fields() {
-            return Err(Error::usage(format!("invalid {field} of a clone")).at(&self.dir).hint(
-                "use only letters, digits, '.', '_' and '-' in the names of disks: see 'stencil inspect --recipe'",
-            ));
+            return Err(Error::usage(format!("invalid {field} of a clone")).at(&self.dir).hint(match field {
+                "labels" => "use shorter labels: at most 64 KiB in all",
+                _ => "use only letters, digits, '.', '_' and '-' in the names of disks: see 'stencil inspect --recipe'",
+            }));
         }
         let text = serde_json::to_vec(self).map_err(std::io::Error::from);
         text.and_then(|text| runtime::replace(directory, RECORD, &text)).map_err(|e| self.not_written(e))
@@ -242,6 +249,10 @@ impl Entry {
             ("reference", self.name.len() <= 1024),
             ("digest", self.template.parse::<Digest>().is_ok()),
             ("launch", is_plain_name(&self.launch)),
+            (
+                "labels",
+                self.labels.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>() <= MAX_LABELS,
+            ),
             ("ports", self.ports.iter().all(|(name, port)| name.len() <= 255 && *port != 0)),
             ("uuid", self.uuid.as_ref().is_none_or(is_uuid)),
             ("disks", self.disks.iter().all(|name| is_plain_name(name))),

@@ -43,6 +43,8 @@ pub struct NewEntry<'a> {
     pub kind: Kind,
     /// Pages that a simulated clone is to touch.
     pub touched: Option<Touched>,
+    /// Labels given at launch.
+    pub labels: &'a BTreeMap<String, String>,
     /// Directory of the disks, if it is not the clone's directory.
     pub disk_dir: Option<&'a Path>,
 }
@@ -171,6 +173,7 @@ impl Launch {
             launch: self.id.clone(),
             baseline: self.baseline,
             touched: new.touched,
+            labels: new.labels.clone(),
             ports: BTreeMap::new(),
             uuid: None,
             disks: BTreeSet::new(),

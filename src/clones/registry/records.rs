@@ -148,6 +148,7 @@ mod tests {
             launch: "c7654321".into(),
             baseline: None,
             touched: Some(Touched { read_pages: 8, written_pages: 9 }),
+            labels: BTreeMap::from([("team".into(), "shop".into())]),
             ports: BTreeMap::from([("80".into(), 40_000)]),
             uuid: None,
             disks: BTreeSet::from(["root".into()]),

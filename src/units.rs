@@ -99,6 +99,13 @@ impl Bytes {
         Bytes(whole(approximate(self.0) / seconds.max(1e-6)))
     }
 
+    /// Splits the bytes into `count` parts that differ by at most one byte; the larger parts come first.
+    pub fn split(self, count: usize) -> impl Iterator<Item = Bytes> {
+        let count = count as u64;
+        let (each, larger) = (self.0.checked_div(count).unwrap_or(0), self.0.checked_rem(count).unwrap_or(0));
+        (0..count).map(move |index| Bytes(each + u64::from(index < larger)))
+    }
+
     /// Returns the number of pages that hold this many bytes, rounded up.
     pub fn pages(self) -> PageCount {
         PageCount(self.0.div_ceil(PAGE_SIZE))

@@ -191,7 +191,7 @@ done
 [ "$(sort -u "$dir/identities" | wc -l)" = $((qemus * 6 + 4)) ] || { echo "demo: two of the clones and the captured VM have the same identity" >&2; cat "$dir/identities" >&2; exit 1; }
 
 say "What they cost"
-stencil density --audit | awk '
+stencil density --wide --audit | awk '
     $3 == "simulated" { if (++seen > 3) { more++; next } }
     more && !/simulated/ { printf "… and %d more simulated clones\n", more; more = 0 }
     { print }'

@@ -87,6 +87,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     call(&["density"], &[]);
     let audited = world.json(&["density", "--audit"]);
     let explained = world.json(&["density", "--why"]);
+    let grouped = world.json(&["density", "--by", "template"]);
     call(&["warm", "web:1"], &[]);
     let pid_recorded = recording["clones"][0]["pid"].to_string();
     let recorded = world.json(&["working-set", "record", &pid_recorded]);
@@ -136,6 +137,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     replies.insert("import DIRECTORIES", world.json(&["import", &vm.display().to_string(), "each"]));
     replies.insert("density --audit", audited);
     replies.insert("density --why", explained);
+    replies.insert("density --by", grouped);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
     let multifd = json!({"capabilities": [{"capability": "multifd", "state": true}]});
     guest.qmp().run("migrate-set-capabilities", multifd).unwrap();

@@ -33,7 +33,8 @@ fn tables_with_long_names_fit_100_columns() {
         (&["ls"][..], "NAME", &["J", "X", "j"][..]),
         (&["du"], "TEMPLATE", &["J", "X"]),
         (&["ps"], "ID", &["J", "X"]),
-        (&["density"], "TEMPLATE", &["J", "X"]),
+        (&["density", "--wide"], "TEMPLATE", &["J", "X"]),
+        (&["density", "--by", "template"], "GROUP", &["J", "X"]),
         (&["status"], "TEMPLATE", &["j"]),
     ] {
         let out = world.dir().join("out");

@@ -197,14 +197,15 @@ fn density_json_has_the_promised_fields() {
     world.stencil(&["clone", "web:1", "-n", "2", "--simulate", "write=3p"]).ok();
     let density = world.json(&["density", "--audit"]);
     let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-    assert_eq!(keys(&density), "schema templates clones totals audit");
+    assert_eq!(keys(&density), "schema templates clones totals headroom audit");
     assert_eq!(
         keys(&density["templates"][0]),
-        "digest tags serving size_bytes data_bytes resident_bytes store_cache_bytes clones"
+        "digest tags serving size_bytes data_bytes resident_bytes resident_zero_bytes store_cache_bytes clones \
+         bytes_per_further_clone"
     );
     assert_eq!(
         keys(&density["clones"][0]),
-        "id pid pids reference command cgroup uid digest kind mapped_bytes mapped_clean_bytes private_bytes swap_bytes \
+        "id pid pids reference command cgroup uid digest kind labels mapped_bytes mapped_clean_bytes private_bytes swap_bytes \
          dirty_pages replaced_pages page_table_bytes overhead_bytes disk_bytes pmd_mapped_bytes maps"
     );
     assert_eq!(
@@ -217,8 +218,12 @@ fn density_json_has_the_promised_fields() {
          overhead_bytes disk_bytes swap_bytes host_bytes bytes_per_further_clone clones_per_gib sharing_ratio lazy_ratio \
          overcommit_ratio"
     );
+    assert_eq!(
+        keys(&density["headroom"]),
+        "available_bytes commit_left_bytes commit_bytes_per_clone further_clones"
+    );
     // The table has the same figures as the JSON.
-    let text = world.stencil(&["density"]).ok().out;
+    let text = world.stencil(&["density", "--wide"]).ok().out;
     for clone in density["clones"].as_array().unwrap() {
         let line = text.lines().find(|line| line.starts_with(clone["id"].as_str().unwrap())).unwrap();
         assert!(line.split_whitespace().any(|word| word == "3"), "{line}");

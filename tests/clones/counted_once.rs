@@ -168,6 +168,6 @@ fn density_shows_a_template_once_with_all_its_tags() {
     world.stencil(&["tag", "web:1", "web:prod"]).ok();
     assert_eq!((rows().as_array().unwrap().len(), &rows()[0]["digest"]), (1, &json!(digest)));
     assert_eq!(rows()[0]["tags"], json!(["acme:v1", "web:1", "web:prod"]));
-    let text = world.stencil(&["density"]).ok().out;
+    let text = world.stencil(&["density", "--wide"]).ok().out;
     assert!(text.lines().any(|line| line.ends_with("acme:v1, web:1, web:prod")), "{text}");
 }

@@ -4,6 +4,7 @@ pub mod accounting;
 pub mod clock;
 pub mod command;
 pub mod counted_once;
+pub mod density;
 pub mod dirty_exact;
 pub mod disks;
 pub mod jail;

@@ -46,6 +46,7 @@ pages! {
     monitoring "docs/how-to/monitoring.md"
     move_templates "docs/how-to/move-templates.md"
     qemu "docs/how-to/qemu.md"
+    questions "docs/how-to/questions.md"
     recipes "docs/how-to/recipes.md"
     remove_templates "docs/how-to/remove-templates-and-free-space.md"
     renew_clones "docs/how-to/renew-clones.md"

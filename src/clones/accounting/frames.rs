@@ -3,7 +3,7 @@
 //! Reading the frame numbers of all pages would take longer than the rest of a measurement. Only the frame numbers of
 //! pages that another clone may share are read.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::thread;
 use std::time::Duration;
@@ -16,9 +16,9 @@ use crate::sys::memory::pagemap::{Entry, Pagemap};
 use crate::sys::process::tasks;
 use crate::units::{Bytes, PAGE_SIZE, PageCount};
 
-/// The RAM of all clones together, with each frame counted once.
+/// The RAM of one clone. A frame of several clones is split between them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Distinct {
+pub(super) struct Distinct {
     /// Copies of template pages, and memory of replaced pages.
     pub private: Bytes,
     /// Private memory outside template mappings.
@@ -56,27 +56,42 @@ pub(super) struct Counted {
 }
 
 impl Counted {
+    #[cfg(test)]
+    pub fn of(exclusive: PageCount, others: Vec<u64>) -> Counted {
+        Counted { exclusive, others }
+    }
+
     /// Creates the count of pages in frames that no other process has.
     pub fn exclusive(bytes: Bytes) -> Counted {
         Counted { exclusive: bytes.pages(), others: Vec::new() }
     }
 }
 
-/// Counts the frames of all clones.
-pub(super) fn distinct<'a>(clones: impl Iterator<Item = &'a Frames>) -> Distinct {
-    let mut total = Distinct::default();
-    let (mut private, mut overhead): (HashSet<u64>, HashSet<u64>) = Default::default();
-    for frames in clones {
-        total.private += frames.private.exclusive.bytes();
-        total.overhead += frames.overhead.exclusive.bytes();
-        private.extend(&frames.private.others);
-        overhead.extend(&frames.overhead.others);
+/// Counts each frame once, and splits frames of several clones between these clones. Returns the RAM of each clone.
+pub(super) fn distinct<'a>(clones: impl Iterator<Item = &'a Frames>) -> Vec<Distinct> {
+    let mut rams = Vec::new();
+    // Frame, false for a copied page, index of the clone.
+    let mut others: Vec<(u64, bool, usize)> = Vec::new();
+    for (clone, Frames { private, overhead }) in clones.enumerate() {
+        rams.push(Distinct { private: private.exclusive.bytes(), overhead: overhead.exclusive.bytes() });
+        others.extend(private.others.iter().map(|frame| (*frame, false, clone)));
+        others.extend(overhead.others.iter().map(|frame| (*frame, true, clone)));
     }
-    total.private += PageCount::new(private.len() as u64).bytes();
-    // KSM may merge a copied page with a page outside the template mappings. The frame counts as a copy.
-    let outside = overhead.difference(&private).count();
-    total.overhead += PageCount::new(outside as u64).bytes();
-    total
+    others.sort_unstable();
+    let mut holders: Vec<usize> = Vec::new();
+    for entries in others.chunk_by(|one, next| one.0 == next.0) {
+        holders.clear();
+        holders.extend(entries.iter().map(|(_, _, clone)| *clone));
+        holders.sort_unstable();
+        holders.dedup();
+        // KSM may merge a copied page with a page outside the template mappings. The frame counts as a copy.
+        let is_outside = entries.iter().all(|(_, outside, _)| *outside);
+        for (holder, share) in holders.iter().zip(Bytes::new(PAGE_SIZE).split(holders.len())) {
+            let ram = &mut rams[*holder];
+            *(if is_outside { &mut ram.overhead } else { &mut ram.private }) += share;
+        }
+    }
+    rams
 }
 
 /// Number of attempts, and time between them, to read a page that the kernel is moving to another frame.

@@ -6,18 +6,23 @@
 mod dirty;
 mod disks;
 mod frames;
+mod groups;
 mod process;
 mod reasons;
 mod records;
 mod replaced;
 pub mod residency;
+mod shares;
 mod survey;
 mod templates;
 mod totals;
 
 pub use dirty::{DirtyRange, dirty_of};
+pub use groups::{By, Group, groups};
 pub use process::{CloneMemory, Measured, runs_kvm};
 pub use reasons::{Code, Reasons, reasons};
 pub use replaced::{Replaced, replaced};
+pub use shares::{Parts, Shares};
 pub use survey::{CloneRow, Density, Survey, survey};
+pub use templates::TemplateMemory;
 pub use totals::Totals;

@@ -1,6 +1,6 @@
 //! The RAM that the clones of a template share: the page cache of the template's inodes and backings.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 
@@ -13,10 +13,20 @@ use crate::sys::memory::cachestat;
 use crate::sys::process::{procfs, tasks};
 use crate::units::Bytes;
 
-/// Bytes in the page cache, by template and how it is served. Each mount has its own page cache, so the sizes add up.
-pub type Resident = BTreeMap<(Digest, Served), Bytes>;
+/// One file of a template in the page cache. Each mount has its own page cache, so the sizes add up.
+#[derive(Debug, Clone)]
+pub struct Resident {
+    /// The template.
+    pub digest: Digest,
+    /// Name of the file.
+    pub file: String,
+    /// How the pages are served.
+    pub served: Served,
+    /// Size of the pages.
+    pub bytes: Bytes,
+}
 
-/// Measures all templates of all mounts.
+/// Measures all files of the templates of all mounts.
 ///
 /// # Errors
 /// Returns an error if a supervisor does not respond or an inode cannot be opened.
@@ -25,20 +35,23 @@ pub fn resident(
     backings: &[(usize, Residency)],
     inodes: &Inodes,
     clones: &[&CloneProcess],
-) -> Result<Resident> {
-    let mut resident = Resident::new();
-    for (_, backing) in backings {
-        let served = Served::of(Serving::Passthrough, backing.kind);
-        *resident.entry((backing.digest, served)).or_default() += backing.resident_bytes;
-    }
+) -> Result<Vec<Resident>> {
+    let of_backing = |(_, backing): &(usize, Residency)| Resident {
+        digest: backing.digest,
+        file: backing.file.clone(),
+        served: Served::of(Serving::Passthrough, backing.kind),
+        bytes: backing.resident_bytes,
+    };
+    let mut resident: Vec<Resident> = backings.iter().map(of_backing).collect();
     each_inode(
         mounts,
         inodes,
         clones,
         |file| file.serving == Serving::Decode,
         |file, opened| {
-            *resident.entry((file.digest, Served::Decode)).or_default() +=
-                cachestat::cached(&opened)?.bytes();
+            let bytes = cachestat::cached(&opened)?.bytes();
+            let (digest, file) = (file.digest, file.name.clone());
+            resident.push(Resident { digest, file, served: Served::Decode, bytes });
             Ok(())
         },
     )?;

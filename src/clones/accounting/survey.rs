@@ -6,11 +6,13 @@ use std::thread;
 
 use serde::Serialize;
 
+use super::frames::{self, Distinct};
 use super::process::{CloneMemory, Measured, measure};
 use super::records::{Records, record_of, records_by_process};
+use super::shares::{Parts, Shares};
 use super::templates::{TemplateMemory, Templates};
-use super::totals::{Copied, Totals};
-use super::{disks, frames, residency};
+use super::totals::{self, Copied, Totals};
+use super::{disks, residency};
 use crate::clones::baseline::Baseline;
 use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
 use crate::clones::registry;
@@ -43,6 +45,8 @@ pub struct CloneRow {
     pub digest: Digest,
     /// `simulated`, `qemu`, `command`, or `other` for a process that Stencil did not launch.
     pub kind: String,
+    /// Labels given at launch.
+    pub labels: BTreeMap<String, String>,
     /// Memory figures.
     #[serde(flatten)]
     pub memory: CloneMemory,
@@ -66,6 +70,8 @@ pub struct Density {
 pub struct Survey {
     /// The result of the measurement.
     pub density: Density,
+    /// The memory of the host, split between the clones.
+    pub shares: Shares,
     /// The mappings of each clone, and the addresses of its copied pages.
     pub clones: Vec<(CloneProcess, Measured)>,
     /// The template files of the mounts, by device and inode number.
@@ -98,14 +104,31 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     templates.add_residency(&residency::resident(mounts, &backings, &inodes, &processes)?);
     templates.add_clones(&processes, &backings);
     let metadata: Bytes = backings.iter().map(|(_, backing)| backing.metadata_bytes).sum();
-    let store_cache = templates.store_cache()? + residency::daemons(mounts)? + metadata;
+    let store_cache_bytes = templates.store_cache()? + residency::daemons(mounts)? + metadata;
+    let page_table_bytes = totals::kvm_tables(&clones, &records)?;
+    let common = Parts { store_cache_bytes, page_table_bytes, ..Parts::default() };
+    let shares = Shares::new(own_parts(&clones), &templates.pages(&processes), common);
+    templates.add_shares(&processes, &shares.clones);
     let copied = Copied::of(&clones, &templates.opened, &records)?;
-    let distinct = frames::distinct(clones.iter().map(|(_, measured)| &measured.frames));
-    let totals = Totals::new(&clones, &templates.rows(), store_cache, distinct, copied, &records)?;
+    let totals = Totals::new(&clones, shares.total(), copied);
     let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &records)).collect();
     let baseline = baseline(&clones, &records);
-    let density = Density { templates: templates.rows(), clones: rows, totals };
-    Ok(Survey { density, clones, inodes, opened: templates.opened, backings, baseline })
+    let (templates, opened) = templates.into_rows();
+    let density = Density { templates, clones: rows, totals };
+    Ok(Survey { density, shares, clones, inodes, opened, backings, baseline })
+}
+
+/// Returns the memory that each clone has alone, or shares by a fork or KSM.
+fn own_parts(clones: &[(CloneProcess, Measured)]) -> Vec<Parts> {
+    let distinct = frames::distinct(clones.iter().map(|(_, measured)| &measured.frames));
+    let own = |(Distinct { private, overhead }, (_, measured)): (Distinct, &(_, Measured))| Parts {
+        private_bytes: private,
+        overhead_bytes: overhead,
+        page_table_bytes: measured.memory.page_table_bytes,
+        disk_bytes: measured.memory.disk_bytes,
+        ..Parts::default()
+    };
+    distinct.into_iter().zip(clones).map(own).collect()
 }
 
 /// Measures these clones on as many threads as there are processors. Clones that have exited are left out.
@@ -154,6 +177,7 @@ fn row(clone: &CloneProcess, measured: &Measured, records: &Records) -> CloneRow
         uid: measured.uid,
         digest: clone.maps[0].digest,
         kind: entry.map_or_else(|| "other".to_owned(), |e| e.kind.name().to_owned()),
+        labels: entry.map(|e| e.labels.clone()).unwrap_or_default(),
         memory: measured.memory,
         maps: clone.maps.clone(),
     }

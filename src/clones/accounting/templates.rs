@@ -5,7 +5,8 @@ use std::os::unix::fs::MetadataExt;
 
 use serde::Serialize;
 
-use super::residency;
+use super::residency::{self, Resident};
+use super::shares::{Parts, TemplatePages};
 use crate::clones::find::{CloneProcess, TemplateMapping};
 use crate::control::{BackingKind, Mount, Residency, Served};
 use crate::error::{Error, Result};
@@ -28,10 +29,15 @@ pub struct TemplateMemory {
     pub data_bytes: Bytes,
     /// Pages in the page cache, of both ways of serving and all mounts.
     pub resident_bytes: Bytes,
+    /// Zero pages in the page cache, at least: what files have there beyond their data.
+    pub resident_zero_bytes: Bytes,
     /// Page cache of the store's files that hold the template. A file that several templates share is counted for each.
     pub store_cache_bytes: Bytes,
     /// Number of clones that map the template.
     pub clones: u64,
+    /// RAM that another clone takes, as the mean of the clones whose first mapping is of the template; null without
+    /// such clones.
+    pub bytes_per_further_clone: Option<Bytes>,
 }
 
 /// The templates of all mounted stores during a measurement.
@@ -85,8 +91,10 @@ impl Templates {
                 size_bytes: template.files().iter().map(|file| file.size).sum(),
                 data_bytes: template.files().iter().map(|file| file.data_bytes).sum(),
                 resident_bytes: Bytes::ZERO,
+                resident_zero_bytes: Bytes::ZERO,
                 store_cache_bytes: Bytes::ZERO,
                 clones: 0,
+                bytes_per_further_clone: None,
             });
             // Several stores may have the same template, with separate tags and files.
             let ours = tags.iter().filter(|tag| tag.digest == digest);
@@ -100,14 +108,18 @@ impl Templates {
         Ok(())
     }
 
-    pub fn add_residency(&mut self, resident: &residency::Resident) {
-        for ((digest, served), bytes) in resident {
-            if let Some(row) = self.rows.get_mut(digest) {
-                row.resident_bytes += *bytes;
-                if *bytes > Bytes::ZERO {
-                    self.servings.entry(*digest).or_default().insert(*served);
-                }
+    pub fn add_residency(&mut self, resident: &[Resident]) {
+        for Resident { digest, file, served, bytes } in resident {
+            let Some(row) = self.rows.get_mut(digest) else { continue };
+            row.resident_bytes += *bytes;
+            if *bytes > Bytes::ZERO {
+                self.servings.entry(*digest).or_default().insert(*served);
             }
+            let files = self.opened.get(digest).into_iter().flat_map(Template::files);
+            // The page cache has whole pages.
+            let data: Bytes =
+                files.filter(|its| its.name == *file).map(|its| its.data_bytes.pages().bytes()).sum();
+            row.resident_zero_bytes += bytes.saturating_sub(data);
         }
     }
 
@@ -147,7 +159,29 @@ impl Templates {
         self.files.iter().map(residency::cached_store_file).sum()
     }
 
-    pub fn rows(&self) -> Vec<TemplateMemory> {
-        self.rows.values().cloned().collect()
+    /// Returns the pages of each template, and which of the clones map it.
+    pub fn pages(&self, clones: &[&CloneProcess]) -> Vec<TemplatePages> {
+        let maps = |clone: &CloneProcess, digest: Digest| clone.maps.iter().any(|map| map.digest == digest);
+        let users = |digest: Digest| {
+            (0..clones.len()).filter(|index| maps(clones[*index], digest)).collect::<Vec<_>>()
+        };
+        self.rows
+            .values()
+            .map(|row| TemplatePages { resident: row.resident_bytes, users: users(row.digest) })
+            .collect()
+    }
+
+    /// Sets what another clone of each template takes, from the shares of these clones.
+    pub fn add_shares(&mut self, clones: &[&CloneProcess], shares: &[Parts]) {
+        for row in self.rows.values_mut() {
+            let its = clones.iter().zip(shares).filter(|(clone, _)| clone.maps[0].digest == row.digest);
+            let (count, sum) = its
+                .fold((0, Bytes::ZERO), |(count, sum), (_, parts)| (count + 1, sum + parts.of_the_clones()));
+            row.bytes_per_further_clone = sum.get().checked_div(count).map(Bytes::new);
+        }
+    }
+
+    pub fn into_rows(self) -> (Vec<TemplateMemory>, BTreeMap<Digest, Template>) {
+        (self.rows.into_values().collect(), self.opened)
     }
 }

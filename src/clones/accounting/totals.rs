@@ -5,10 +5,9 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::frames::Distinct;
 use super::process::{Measured, runs_kvm};
 use super::records::{Records, is_simulated, record_of};
-use super::templates::TemplateMemory;
+use super::shares::Parts;
 use crate::clones::find::CloneProcess;
 use crate::clones::ranges::joined;
 use crate::error::Result;
@@ -178,39 +177,43 @@ fn any_runs_kvm(clones: &[(CloneProcess, Measured)], records: &Records) -> bool 
     clones.iter().any(|(clone, _)| !is_simulated(clone, records) && runs_kvm(clone.pid))
 }
 
+/// Returns the second-level page tables of KVM, if a clone has some. The kernel has this figure only for the whole host.
+///
+/// # Errors
+/// Returns an error if the memory figures of the host cannot be read.
+pub(super) fn kvm_tables(clones: &[(CloneProcess, Measured)], records: &Records) -> Result<Bytes> {
+    let tables = procfs::meminfo("SecPageTables")?.unwrap_or_default();
+    let are_theirs = tables > Bytes::ZERO && any_runs_kvm(clones, records);
+    Ok(if are_theirs { tables } else { Bytes::ZERO })
+}
+
 impl Totals {
-    /// Computes all sums and ratios.
-    ///
-    /// # Errors
-    /// Returns an error if the memory figures of the host cannot be read.
-    pub(super) fn new(
-        clones: &[(CloneProcess, Measured)],
-        templates: &[TemplateMemory],
-        store_cache_bytes: Bytes,
-        distinct: Distinct,
-        copied: Copied,
-        records: &Records,
-    ) -> Result<Totals> {
+    /// Computes all sums and ratios. `parts` are those of the whole.
+    pub(super) fn new(clones: &[(CloneProcess, Measured)], parts: Parts, copied: Copied) -> Totals {
         let sum =
             |part: fn(&Measured) -> Bytes| clones.iter().map(|(_, measured)| part(measured)).sum::<Bytes>();
-        let kvm = match procfs::meminfo("SecPageTables")?.unwrap_or_default() {
-            tables if tables > Bytes::ZERO && any_runs_kvm(clones, records) => tables,
-            _ => Bytes::ZERO,
-        };
+        let Parts {
+            template_bytes,
+            store_cache_bytes,
+            private_bytes,
+            page_table_bytes,
+            overhead_bytes,
+            disk_bytes,
+        } = parts;
         let mut totals = Totals {
             clones: clones.len() as u64,
             mapped_bytes: sum(|m| m.memory.mapped_bytes),
-            template_bytes: templates.iter().map(|template| template.resident_bytes).sum(),
+            template_bytes,
             store_cache_bytes,
-            private_bytes: distinct.private,
-            page_table_bytes: sum(|m| m.memory.page_table_bytes) + kvm,
-            overhead_bytes: distinct.overhead,
-            disk_bytes: sum(|m| m.memory.disk_bytes),
+            private_bytes,
+            page_table_bytes,
+            overhead_bytes,
+            disk_bytes,
             swap_bytes: sum(|m| m.memory.swap_bytes),
             ..Totals::default()
         };
         totals.conclude(copied);
-        Ok(totals)
+        totals
     }
 
     fn conclude(&mut self, copied: Copied) {

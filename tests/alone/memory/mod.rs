@@ -1,6 +1,7 @@
 //! Memory figures of the whole host.
 
 mod accounting;
+mod agreement;
 mod backend_memory;
 mod counted_once;
 mod dirty_exact;

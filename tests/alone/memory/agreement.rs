@@ -1,0 +1,93 @@
+//! Every command that shows memory shows the same bytes of the same stopped clones.
+
+use serde_json::Value;
+
+use crate::clones::accounting::{MIB, StoppedClones, number, world};
+use crate::clones::density::{PARTS, Parts, sum};
+use crate::support::actor::Actor;
+use crate::support::exporter::{Exporter, Samples};
+use crate::support::host;
+use crate::support::mount::{TestMount, wait_for};
+
+/// Stopped clones of two templates. Two of them share copies by a fork.
+struct Herd {
+    world: TestMount,
+    exporter: Exporter,
+    _stopped: StoppedClones,
+    _parent: Actor,
+}
+
+/// A command that shows the memory of the host, and the parts that it shows.
+type Source = (&'static str, fn(&Herd) -> Parts);
+
+const SOURCES: [Source; 8] = [
+    ("density", |herd| sum([&herd.world.json(&["density"])["totals"]])),
+    ("density --by template", |herd| by(herd, "template")),
+    ("density --by user", |herd| by(herd, "user")),
+    ("density --by cgroup", |herd| by(herd, "cgroup")),
+    ("density --by label", |herd| by(herd, "label=team")),
+    ("exporter", exporter),
+    ("audit by page frames", |herd| audit(herd, "_bytes")),
+    ("audit, accounted", |herd| audit(herd, "_accounted")),
+];
+
+fn by(herd: &Herd, property: &str) -> Parts {
+    sum(herd.world.json(&["density", "--by", property])["groups"].as_array().unwrap())
+}
+
+fn exporter(herd: &Herd) -> Parts {
+    let collected = |all: &Samples| all["stencil_exporter_collections_total{collector=\"clones\"}"];
+    let earlier = collected(&herd.exporter.samples());
+    let samples = wait_for("another collection", || {
+        Some(herd.exporter.samples())
+            .filter(|all| collected(all) > earlier && all.contains_key("stencil_clones"))
+    });
+    let metric = |part: &str| format!("stencil_memory_bytes{{part=\"{}\"}}", part.trim_end_matches("_bytes"));
+    PARTS.into_iter().map(|part| (part, samples[&metric(part)] as u64)).collect()
+}
+
+/// The audit counts the frames of four parts.
+fn audit(herd: &Herd, suffix: &str) -> Parts {
+    let density = herd.world.json(&["density", "--audit"]);
+    let frames = &density["audit"]["frames"];
+    let field = |part: &str| format!("{}{suffix}", part.trim_end_matches("_bytes"));
+    let counted = |part: &&str| !["store_cache_bytes", "disk_bytes"].contains(part);
+    PARTS.into_iter().filter(counted).map(|part| (part, number(frames, &field(part)))).collect()
+}
+
+#[test]
+fn every_view_of_stopped_clones_shows_the_same_bytes() {
+    let _host = host::alone();
+    for serve in ["decode", "passthrough"] {
+        let (world, digest) = world(serve, 16 * MIB);
+        world.import_bytes(&[9; 1 << 20], "db:1");
+        for (tag, label) in [("web:1", "team=shop"), ("web:1", "team=ads"), ("db:1", "team=ads")] {
+            let simulate = "read=150p,write=60p";
+            world.stencil(&["clone", tag, "-n", "7", "--label", label, "--simulate", simulate]).ok();
+        }
+        let mut parent = Actor::start();
+        parent.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), 16 * MIB));
+        parent.write_pages(0, 0..501);
+        parent.tell("fork 0 3000 3001");
+        let exporter = Exporter::start(&world, &["--max-age", "0"]);
+        let stopped = StoppedClones::of(&world.json(&["ps"]));
+        let herd = Herd { world, exporter, _stopped: stopped, _parent: parent };
+        // The page cache of the store and the memory of its daemons may change meanwhile.
+        let all = wait_for("a measurement during which nothing changes", || {
+            let all: Vec<(&str, Parts)> = SOURCES.iter().map(|(name, show)| (*name, show(&herd))).collect();
+            let after = SOURCES[0].1(&herd);
+            (all[0].1 == after).then_some(all)
+        });
+        println!("{all:#?}");
+        let (_, density) = &all[0];
+        assert!(density["private_bytes"] > 21 * 60 * 4096 && density["template_bytes"] > MIB, "{density:?}");
+        for (name, parts) in &all {
+            assert!(parts.len() >= 4, "{name}");
+            for (part, bytes) in parts {
+                assert_eq!(*bytes, density[part], "{name}: {part}");
+            }
+        }
+        let totals: Value = herd.world.json(&["density"])["totals"].clone();
+        assert_eq!(number(&totals, "clones"), 23, "{totals:#}");
+    }
+}

@@ -238,7 +238,11 @@ fn readme_first_mount_works_with_the_installed_package() {
     let commands: Vec<&str> = section.lines().filter_map(|line| line.strip_prefix("$ ")).collect();
     assert!(commands.len() >= 6, "{section}");
     let done = debian.sh(&format!("cd /root && set -ex\n{}", commands.join("\n"))).ok();
-    assert!(done.out.contains("memory of 8 clones") && done.out.contains("8 clones stopped"), "{}", done.out);
+    assert!(
+        done.out.contains("8 clones of 1 template take") && done.out.contains("8 clones stopped"),
+        "{}",
+        done.out
+    );
     wait_unmounted(&debian);
 }
 

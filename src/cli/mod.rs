@@ -64,6 +64,7 @@ enum Command {
     Explain(clones::explain::ExplainArgs),
     /// Show the memory that each clone has copied and the memory of all clones
     Density(clones::density::DensityArgs),
+    Check(clones::check::CheckArgs),
     /// Show the dirty pages of one clone: copied by a write or replaced by other memory
     Dirty(clones::dirty::DirtyArgs),
     /// Check what this host supports and what reduces sharing
@@ -112,6 +113,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Recipe(args) => store::recipe::run(args, global),
         Command::Explain(args) => clones::explain::run(args, global),
         Command::Density(args) => clones::density::run(args, global),
+        Command::Check(args) => clones::check::run(args, global),
         Command::Dirty(args) => clones::dirty::run(args, global),
         Command::Doctor(args) => host::doctor::run(args, global),
         Command::Exporter(args) => exporter::run(args, global),

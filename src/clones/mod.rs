@@ -5,6 +5,7 @@ pub mod agent;
 pub mod audit;
 pub mod baseline;
 pub mod capture;
+pub mod check;
 pub mod find;
 mod helper_process;
 pub mod launch;

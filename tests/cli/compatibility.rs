@@ -88,6 +88,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     let audited = world.json(&["density", "--audit"]);
     let explained = world.json(&["density", "--why"]);
     let grouped = world.json(&["density", "--by", "template"]);
+    call(&["check"], &[&id]);
     call(&["warm", "web:1"], &[]);
     let pid_recorded = recording["clones"][0]["pid"].to_string();
     let recorded = world.json(&["working-set", "record", &pid_recorded]);

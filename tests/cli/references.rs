@@ -72,6 +72,7 @@ fn an_unknown_tag_gives_the_existing_tags_as_a_hint() {
         &["recipe", "edit", "web"],
         &["clone", "web", "--simulate", "read=1%,write=1%"],
         &["density", "web"],
+        &["check", "--all", "--template", "web"],
         &["warm", "web"],
         &["working-set", "ls", "web"],
         &["working-set", "rm", "web"],

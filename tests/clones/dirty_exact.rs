@@ -19,7 +19,12 @@ const SERVINGS: [&str; 2] = ["decode", "passthrough"];
 
 /// A mount with one template of 64 MiB, its first half data, its second half zero.
 pub fn world(serve: &str) -> (TestMount, String) {
-    let world = TestMount::new(serve);
+    world_with(&["--serve", serve])
+}
+
+/// The same, with these options of the mount.
+pub fn world_with(options: &[&str]) -> (TestMount, String) {
+    let world = TestMount::with(options);
     // Actors of other users must be able to traverse this directory.
     fs::set_permissions(world.dir(), fs::Permissions::from_mode(0o755)).unwrap();
     let source = world.dir().join("source");

@@ -38,6 +38,7 @@ macro_rules! pages {
 pages! {
     readme "README.md"
     tutorial "docs/tutorial.md"
+    admit_clones "docs/how-to/admit-clones.md"
     cloud_hypervisor_page "docs/how-to/cloud-hypervisor.md"
     firecracker_page "docs/how-to/firecracker.md"
     jails "docs/how-to/jails.md"

@@ -12,6 +12,11 @@
  *   unmap ID FIRST COUNT                unmaps pages
  *   guard ID FIRST COUNT                MADV_GUARD_INSTALL
  *   pageout ID FIRST COUNT              MADV_PAGEOUT
+ *   discard ID FIRST COUNT              MADV_DONTNEED
+ *   huge ID LENGTH                      MADV_HUGEPAGE
+ *   collapse ID FIRST COUNT             MADV_COLLAPSE
+ *   nohuge ID LENGTH                    MADV_NOHUGEPAGE
+ *   lock ID LENGTH                      mlock
  *   mergeable ID LENGTH                 MADV_MERGEABLE on LENGTH bytes
  *   open ID PATH                        opens a descriptor with O_CLOEXEC, maps nothing
  *   exec ID                             executes this program again; no reply
@@ -35,6 +40,9 @@
 #define PAGE 4096UL
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
 #endif
 #ifndef MADV_PAGEOUT
 #define MADV_PAGEOUT 21
@@ -174,6 +182,14 @@ int main(void) {
             reply(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_GUARD_INSTALL));
         } else if (strcmp(word, "pageout") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
             reply(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_PAGEOUT));
+        } else if (strcmp(word, "discard") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
+            reply(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_DONTNEED));
+        } else if (strcmp(word, "huge") == 0 && sscanf(line + used, "%lu", &a) == 1) {
+            reply(madvise((void *)maps[id], a, MADV_HUGEPAGE));
+        } else if (strcmp(word, "collapse") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
+            reply(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_COLLAPSE));
+        } else if (strcmp(word, "nohuge") == 0 && sscanf(line + used, "%lu", &a) == 1) {
+            reply(madvise((void *)maps[id], a, MADV_NOHUGEPAGE));
         } else if (strcmp(word, "lock") == 0 && sscanf(line + used, "%lu", &a) == 1) {
             reply(mlock((void *)maps[id], a));
         } else if (strcmp(word, "mergeable") == 0 && sscanf(line + used, "%lu", &a) == 1) {

@@ -2,6 +2,7 @@
 
 pub(super) mod args;
 pub(super) mod capture;
+pub(super) mod check;
 pub(super) mod clone;
 pub(super) mod density;
 pub(super) mod dirty;

@@ -36,13 +36,19 @@ pub struct DirtyRange {
 /// # Errors
 /// Returns an error if a store cannot be read or the process cannot be inspected.
 pub fn dirty_of(pid: u32, mounts: &[Mount]) -> Result<Option<(CloneProcess, Vec<DirtyRange>)>> {
-    let inodes = Inodes::of(mounts)?;
-    let Some(mut clone) = find::look_at(pid, &inodes)? else { return Ok(None) };
-    let Some(measured) = measure(&mut clone, &ZeroMemory::new(&inodes), Shared::Nothing)? else {
-        return Ok(None);
-    };
+    let Some((clone, measured)) = measure_of(pid, &Inodes::of(mounts)?)? else { return Ok(None) };
     let ranges = ranges(&clone.maps, &measured);
     Ok(Some((clone, ranges)))
+}
+
+/// Measures one process; `None` if the process maps none of these files or has exited.
+///
+/// # Errors
+/// Returns an error if the tables of a template cannot be read or the process cannot be inspected.
+pub fn measure_of(pid: u32, inodes: &Inodes) -> Result<Option<(CloneProcess, Measured)>> {
+    let Some(mut clone) = find::look_at(pid, inodes)? else { return Ok(None) };
+    let measured = measure(&mut clone, &ZeroMemory::new(inodes), Shared::Nothing)?;
+    Ok(measured.map(|measured| (clone, measured)))
 }
 
 fn ranges(maps: &[TemplateMapping], measured: &Measured) -> Vec<DirtyRange> {

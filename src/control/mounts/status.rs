@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::registry::{LOG_FILE, Mount};
 use crate::control::protocol::options::ServeMode;
 use crate::control::protocol::snapshot::{BackingKind, Cache, FileKey, Latency, ServerEnd, Snapshot};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sanitize;
 use crate::store::{Digest, FileKind, Serving, Store};
 use crate::sys::files::read_ahead;
@@ -103,6 +104,17 @@ impl Served {
             Served::Passthrough => "passthrough",
             Served::Decode => "decode",
         }
+    }
+}
+
+impl FromStr for Served {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Served> {
+        let all = [Served::Kernel, Served::Passthrough, Served::Decode];
+        all.into_iter().find(|served| served.name() == text).ok_or_else(|| {
+            Error::usage(format!("invalid way of serving '{text}'")).hint("use kernel, passthrough or decode")
+        })
     }
 }
 

@@ -17,3 +17,5 @@ pub mod page_flags;
 pub mod pagemap;
 #[cfg(feature = "internals")]
 pub mod process_memory;
+#[cfg(feature = "internals")]
+pub mod smaps;

@@ -148,6 +148,8 @@ pub struct Status {
     pub rss_anon: Bytes,
     /// Swapped-out memory.
     pub swap: Bytes,
+    /// True if the process may have 2 MiB entries (`THP_enabled`): prctl(2) can disable them.
+    pub may_have_huge_pages: bool,
 }
 
 /// Parses the text of a `status` file.
@@ -168,6 +170,7 @@ pub fn parse_status(text: &str) -> Status {
             "VmPTE" => status.page_tables = kib(number()),
             "RssAnon" => status.rss_anon = kib(number()),
             "VmSwap" => status.swap = kib(number()),
+            "THP_enabled" => status.may_have_huge_pages = first == "1",
             _ => {}
         }
     }

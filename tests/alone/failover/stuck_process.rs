@@ -96,16 +96,17 @@ fn a_process_stuck_in_exec_delays_no_command_and_is_counted() {
     assert!(start.elapsed() < COMMAND_TIMEOUT, "{:?}", start.elapsed());
 
     let mountpoint = world.mountpoint().to_str().unwrap();
-    let commands: [&[&str]; 6] = [
+    let commands: [&[&str]; 7] = [
         &["--json", "status"],
         &["--json", "ps"],
         &["rm", "web:1"],
         &["density"],
         &["umount", mountpoint],
         &["doctor"],
+        &["--json", "check", "--all"],
     ];
     let world = &world;
-    let [status, ps, rm, density, umount, doctor] = std::thread::scope(|scope| {
+    let [status, ps, rm, density, umount, doctor, check] = std::thread::scope(|scope| {
         commands.map(|args| scope.spawn(move || run(world, args))).map(|thread| thread.join().unwrap())
     });
     for (code, out, err) in [status, ps] {
@@ -125,6 +126,10 @@ fn a_process_stuck_in_exec_delays_no_command_and_is_counted() {
         umount.2
     );
     assert!(doctor.1.contains(&format!("{pid} (")), "{}", doctor.1);
+    assert_eq!(check.0, 6, "{}", check.2);
+    let reply: serde_json::Value = serde_json::from_str(&check.1).unwrap();
+    let row = reply["clones"].as_array().unwrap().iter().find(|row| row["pid"] == pid).unwrap();
+    assert_eq!((&row["ok"], &row["checks"][0]["name"]), (&false.into(), &"process".into()), "{reply}");
 
     stuck.server.signal(Signal::CONT).unwrap();
     stuck.actor.tell("anon 0 4096");

@@ -15,9 +15,7 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) {
     for ((clone, measured), list) in survey.clones.iter().zip(&mut reasons.clones) {
         let memory = &measured.memory;
         let (mut decode, mut misaligned) = (Bytes::ZERO, Bytes::ZERO);
-        // Copied pages and size of each mapping. Zero memory and balloons split a mapping into parts.
-        let mut mappings: BTreeMap<(u64, u64, u64), (Bytes, Bytes)> = BTreeMap::new();
-        for ((map, clean), copied) in clone.maps.iter().zip(&measured.clean).zip(&measured.copied) {
+        for (map, clean) in clone.maps.iter().zip(&measured.clean) {
             match map.serving {
                 Serving::Decode if has_backing(survey, map) => decode += *clean,
                 Serving::Passthrough if map.length.get() >= HUGE_PAGE_SIZE && !is_aligned(map) => {
@@ -25,13 +23,8 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) {
                 }
                 _ => {}
             }
-            let copies: Bytes = copied.iter().map(|copy| PageCount::new(copy.pages()).bytes()).sum();
-            let (all, size) = mappings.entry((map.dev, map.ino, map.distance())).or_default();
-            *all += copies;
-            *size += map.length;
         }
-        let all_copied =
-            mappings.into_values().filter(|(copies, size)| copies == size).map(|(copies, _)| copies).sum();
+        let all_copied: Bytes = all_copied(clone, measured).into_iter().map(|(_, bytes)| bytes).sum();
         Reasons::push(list, Code::Decode, decode);
         Reasons::push(list, Code::Misaligned, misaligned);
         Reasons::push(list, Code::AllCopied, all_copied);
@@ -46,6 +39,20 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) {
     for ((digest, _), pages) in copied_by_all(&survey.clones) {
         reasons.of_template(digest, Code::CopiedByAll, pages);
     }
+}
+
+/// Returns the mappings of which every page is copied, each by its first part and with its size. Zero memory and balloons
+/// split a mapping into parts.
+pub fn all_copied<'a>(clone: &'a CloneProcess, measured: &Measured) -> Vec<(&'a TemplateMapping, Bytes)> {
+    let mut mappings: BTreeMap<(u64, u64, u64), (&TemplateMapping, Bytes, Bytes)> = BTreeMap::new();
+    for (map, copied) in clone.maps.iter().zip(&measured.copied) {
+        let key = (map.dev, map.ino, map.distance());
+        let (_, copies, size) = mappings.entry(key).or_insert((map, Bytes::ZERO, Bytes::ZERO));
+        *copies += copied.iter().map(|copy| PageCount::new(copy.pages()).bytes()).sum::<Bytes>();
+        *size += map.length;
+    }
+    let all = mappings.into_values().filter(|(_, copies, size)| copies == size);
+    all.map(|(map, copies, _)| (map, copies)).collect()
 }
 
 fn has_backing(survey: &Survey, map: &TemplateMapping) -> bool {

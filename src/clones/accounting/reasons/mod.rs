@@ -8,6 +8,7 @@ use super::survey::Survey;
 use crate::error::Result;
 
 pub use code::{Code, Reasons};
+pub use figures::all_copied;
 
 /// Finds the reasons for the memory of the clones. Reads the copied pages of every clone, and the template pages beside
 /// them.

@@ -1,0 +1,121 @@
+//! Judges the properties that depend on the mappings of a process and on their pages.
+
+use super::facts::Facts;
+use super::properties::Finding;
+use crate::clones::accounting::{Measured, all_copied};
+use crate::clones::find::{CloneProcess, TemplateMapping};
+use crate::error::Result;
+use crate::store::Serving;
+use crate::sys::memory::smaps::FlaggedMapping;
+use crate::units::HUGE_PAGE_SIZE;
+
+/// Returns each template mapping with its flags.
+fn flagged<'a>(
+    facts: &'a Facts,
+    clone: &'a CloneProcess,
+) -> impl Iterator<Item = (&'a TemplateMapping, Result<&'a FlaggedMapping, (String, String)>)> {
+    clone.maps.iter().map(|map| {
+        let at = facts.mappings.partition_point(|mapping| mapping.line.end <= map.start);
+        let found = facts.mappings.get(at).filter(|mapping| {
+            let line = &mapping.line;
+            let is_same = map.anonymous || (line.dev, line.ino) == (map.dev, map.ino);
+            is_same && line.start <= map.start && map.range().end <= line.end
+        });
+        (
+            map,
+            found.ok_or_else(|| {
+                (format!("'{}' was mapped anew during the check", map.file), AGAIN.to_owned())
+            }),
+        )
+    })
+}
+
+const AGAIN: &str = "run this command again";
+
+pub fn private(facts: &Facts, clone: &CloneProcess) -> Finding {
+    for (map, mapping) in flagged(facts, clone) {
+        if !mapping?.line.is_private() {
+            return Err((
+                format!("'{}' is mapped shared at {:#x}", map.file, map.start),
+                "map the file with MAP_PRIVATE; QEMU: share=off".to_owned(),
+            ));
+        }
+    }
+    Ok("every mapping is private".to_owned())
+}
+
+pub fn huge_entries(facts: &Facts, clone: &CloneProcess) -> Finding {
+    let mut checked = 0;
+    for (map, mapping) in flagged(facts, clone) {
+        let mapping = mapping?;
+        // No entry of a mapping by decode, of zero memory or of a small part has 2 MiB.
+        if map.serving == Serving::Decode || map.anonymous || map.length.get() < HUGE_PAGE_SIZE {
+            continue;
+        }
+        checked += 1;
+        if !map.distance().is_multiple_of(HUGE_PAGE_SIZE) {
+            return Err((
+                format!("'{}' is mapped at {:#x}, file offset {:#x}", map.file, map.start, map.offset.get()),
+                "map the file at an address that is congruent to the file offset modulo 2 MiB; QEMU: align=2M".to_owned(),
+            ));
+        }
+        if mapping.forbids_huge_pages() {
+            return Err((
+                format!("'{}' is mapped with MADV_NOHUGEPAGE", map.file),
+                "do not forbid huge pages in the VMM".to_owned(),
+            ));
+        }
+    }
+    if checked == 0 {
+        return Ok("no mapping can have 2 MiB entries: decode, or smaller than 2 MiB".to_owned());
+    }
+    if !facts.may_have_huge_pages {
+        return Err((
+            "prctl(PR_SET_THP_DISABLE) forbids 2 MiB entries in the process".to_owned(),
+            "start the VMM without this setting, which a parent process may have made".to_owned(),
+        ));
+    }
+    Ok("addresses and file offsets are congruent modulo 2 MiB".to_owned())
+}
+
+pub fn not_locked(facts: &Facts, clone: &CloneProcess) -> Finding {
+    for (map, mapping) in flagged(facts, clone) {
+        if mapping?.is_locked() {
+            return Err((
+                format!("'{}' is locked at {:#x}", map.file, map.start),
+                "disable locked memory in the VMM; QEMU: -overcommit mem-lock=off".to_owned(),
+            ));
+        }
+    }
+    Ok("no template mapping is locked".to_owned())
+}
+
+/// Prealloc writes to every page. The guest may have discarded some pages since.
+pub fn not_copied(facts: &Facts, clone: &CloneProcess, measured: &Measured) -> Finding {
+    let remedy = || "disable prealloc and locked memory in the VMM".to_owned();
+    if let Some((map, bytes)) = all_copied(clone, measured).first() {
+        return Err((format!("every page of a mapping of '{}' is copied ({bytes})", map.file), remedy()));
+    }
+    let (private, samples) = (measured.memory.private_bytes, &facts.samples);
+    let is_most = private.get() > measured.memory.mapped_bytes.get() / 2;
+    if is_most && samples.equal > samples.copied / 2 {
+        return Err((
+            format!(
+                "{private} are copied, and {} of {} compared copies are equal to the template",
+                samples.equal, samples.copied
+            ),
+            remedy(),
+        ));
+    }
+    Ok(format!("{private} of {} are copied", measured.memory.mapped_bytes))
+}
+
+pub fn bytes(facts: &Facts) -> Finding {
+    match &facts.samples.different {
+        Some((file, page)) => Err((
+            format!("page {page} of '{file}' differs from the template in the store"),
+            "stop the clone, and run 'stencil verify'".to_owned(),
+        )),
+        None => Ok(format!("{} clean pages were compared with the store", facts.samples.clean)),
+    }
+}

@@ -2,9 +2,7 @@
 //! of clones), and with the decrease of the host's available memory since the launch.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 
 use serde::Serialize;
 
@@ -14,10 +12,8 @@ use super::find::{self, Inodes, Search, ServedFile, TemplateMapping};
 use super::ranges::joined;
 use super::zero_memory::ZeroMemory;
 use crate::control::Mount;
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Result};
 use crate::store::Serving;
-use crate::sys::memory::cachestat;
-use crate::sys::memory::mapping::{Advice, Mapping, Request};
 use crate::sys::memory::page_flags::{FrameKind, Frames};
 use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
@@ -321,7 +317,10 @@ fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
             })
     };
     residency::each_inode(mounts, &survey.inodes, &clones, wanted, |served, file| {
-        collect_resident(&file, &mut frames).map_err(|e| {
+        let insert = |_, frame| {
+            frames.insert(frame);
+        };
+        residency::each_page(&file, insert).map_err(|e| {
             e.context(format!(
                 "cannot count the frames of file '{}' of template {}",
                 served.name, served.digest
@@ -329,29 +328,6 @@ fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
         })
     })?;
     Ok(frames.len())
-}
-
-fn collect_resident(file: &File, frames: &mut HashSet<u64>) -> Result<()> {
-    let size = file.metadata().map_err(|e| Error::failed("cannot read its size").because(e))?.len();
-    if size == 0 {
-        return Ok(());
-    }
-    let whole_pages = Bytes::new(size).pages().bytes();
-    let view = Mapping::new(&Request::view(file.as_fd(), whole_pages))
-        .map_err(|e| Error::failed("cannot map the file").because(e))?;
-    // A fault on a page with the readahead mark would read further pages.
-    let advised = view.advise_all(Advice::Random);
-    advised.map_err(|e| Error::failed("cannot disable readahead").because(e))?;
-    let pagemap = Pagemap::this_process()?;
-    for range in cachestat::in_core(&view)? {
-        // Only pages in RAM are populated, because the audit must not change the page cache that it measures.
-        view.advise(range.clone(), Advice::PopulateRead)
-            .map_err(|e| Error::failed("cannot populate page tables").because(e))?;
-        let start = view.address();
-        pagemap
-            .each_entry(start + range.start..start + range.end, |_, entry| frames.extend(entry.frame()))?;
-    }
-    Ok(())
 }
 
 impl MemoryAudit {

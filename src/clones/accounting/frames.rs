@@ -61,6 +61,11 @@ impl Counted {
         Counted { exclusive, others }
     }
 
+    /// Returns true if another process may have some of the frames.
+    pub fn may_be_shared(&self) -> bool {
+        !self.others.is_empty()
+    }
+
     /// Creates the count of pages in frames that no other process has.
     pub fn exclusive(bytes: Bytes) -> Counted {
         Counted { exclusive: bytes.pages(), others: Vec::new() }

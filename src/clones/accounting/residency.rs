@@ -2,14 +2,17 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use crate::clones::find::{CloneProcess, Inodes, ServedFile};
 use crate::control::{Mount, Residency, Served};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, StorePath};
 use crate::sys::files::file_handle;
 use crate::sys::memory::cachestat;
+use crate::sys::memory::mapping::{Advice, Mapping, Request};
+use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::{procfs, tasks};
 use crate::units::Bytes;
 
@@ -99,6 +102,37 @@ pub fn each_inode(
     Ok(())
 }
 
+/// Calls `each` with the offset and the frame of every page of a file that is in the page cache. Needs `CAP_SYS_ADMIN`,
+/// without which the kernel hides the frames.
+///
+/// # Errors
+/// Returns an error if the file cannot be mapped or its page cache cannot be read.
+pub fn each_page(file: &File, mut each: impl FnMut(u64, u64)) -> Result<()> {
+    let size = file.metadata().map_err(|e| Error::failed("cannot read its size").because(e))?.len();
+    if size == 0 {
+        return Ok(());
+    }
+    let whole_pages = Bytes::new(size).pages().bytes();
+    let view = Mapping::new(&Request::view(file.as_fd(), whole_pages))
+        .map_err(|e| Error::failed("cannot map the file").because(e))?;
+    // A fault on a page with the readahead mark would read further pages.
+    let advised = view.advise_all(Advice::Random);
+    advised.map_err(|e| Error::failed("cannot disable readahead").because(e))?;
+    let pagemap = Pagemap::this_process()?;
+    let start = view.address();
+    for range in cachestat::in_core(&view)? {
+        // Only pages in RAM are populated, so that the page cache stays as it is.
+        view.advise(range.clone(), Advice::PopulateRead)
+            .map_err(|e| Error::failed("cannot populate page tables").because(e))?;
+        pagemap.each_entry(start + range.start..start + range.end, |address, entry| {
+            if let Some(frame) = entry.frame() {
+                each(address - start, frame);
+            }
+        })?;
+    }
+    Ok(())
+}
+
 /// Opens the root of a mount, if the mount is still at its mountpoint.
 fn root_of(mount: &Mount) -> Option<File> {
     use std::os::unix::fs::MetadataExt;
@@ -144,7 +178,7 @@ fn cached(path: &Path, opened: std::io::Result<File>) -> Result<Bytes> {
     match opened {
         Ok(file) => Ok(cachestat::cached(&file)?.bytes()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Bytes::ZERO),
-        Err(error) => Err(crate::error::Error::io("cannot open a file of the store", path, error)),
+        Err(error) => Err(Error::io("cannot open a file of the store", path, error)),
     }
 }
 

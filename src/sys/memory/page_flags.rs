@@ -1,6 +1,7 @@
-//! Attributes of page frames: `/proc/kpageflags` and `/proc/kpagecount`.
+//! Attributes of page frames: `/proc/kpageflags`, `/proc/kpagecount` and `/proc/kpagecgroup`.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -59,6 +60,33 @@ impl Frames {
     /// Returns an error if the frame does not exist.
     pub fn mappings(&self, frame: u64) -> Result<u64> {
         entry(&self.counts, "/proc/kpagecount", frame)
+    }
+}
+
+/// The memory cgroups to which page frames are charged.
+#[derive(Debug)]
+pub struct Charges(File);
+
+impl Charges {
+    /// Opens `/proc/kpagecgroup`; `None` if the kernel has no memory cgroups.
+    ///
+    /// # Errors
+    /// Returns an error without `CAP_SYS_ADMIN`.
+    pub fn open() -> Result<Option<Charges>> {
+        let path = "/proc/kpagecgroup";
+        match File::open(path) {
+            Ok(file) => Ok(Some(Charges(file))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("cannot open", path, e).hint("run the command as root")),
+        }
+    }
+
+    /// Returns the inode number of the cgroup's directory, 0 for a frame that is charged to none.
+    ///
+    /// # Errors
+    /// Returns an error if the frame does not exist.
+    pub fn of(&self, frame: u64) -> Result<u64> {
+        entry(&self.0, "/proc/kpagecgroup", frame)
     }
 }
 

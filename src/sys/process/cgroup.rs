@@ -1,10 +1,12 @@
 //! Cgroups, version 1 and 2: the cgroup of a process, its counter of OOM kills, and its memory below the limit.
 
+use std::collections::HashMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
-use crate::sys::process::procfs;
+use crate::sys::process::procfs::{self, MountLine};
 use crate::units::Bytes;
 
 /// Where the cgroup file systems are mounted.
@@ -42,6 +44,34 @@ impl OomKills {
 /// Returns an error if the file cannot be read.
 pub fn path(pid: u32) -> Result<Option<String>> {
     Ok(procfs::read_of(pid, "cgroup")?.map(|text| parse_path(&text)))
+}
+
+/// Returns the path of each memory cgroup below its root, by the inode number of its directory.
+///
+/// # Errors
+/// Returns an error if the mounts cannot be listed.
+pub fn memory_cgroups() -> Result<HashMap<u64, String>> {
+    let mounts = procfs::mounts()?;
+    let has_memory = |line: &&MountLine| match line.fs_type.as_str() {
+        "cgroup" => line.super_options.split(',').any(|word| word == "memory"),
+        "cgroup2" => line.mountpoint.join("cgroup.controllers").exists(),
+        _ => false,
+    };
+    // With version 1, the memory controller is there and not in version 2.
+    let of_version = |version: &str| mounts.iter().filter(has_memory).find(|line| line.fs_type == version);
+    let Some(root) = of_version("cgroup").or_else(|| of_version("cgroup2")) else {
+        return Ok(HashMap::new());
+    };
+    let (mut found, mut open) = (HashMap::new(), vec![root.mountpoint.clone()]);
+    while let Some(directory) = open.pop() {
+        // A cgroup may be removed at any time.
+        let Ok(inode) = fs::metadata(&directory).map(|its| its.ino()) else { continue };
+        let path = directory.strip_prefix(&root.mountpoint).unwrap_or(Path::new(""));
+        found.insert(inode, format!("/{}", path.display()));
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        open.extend(entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()));
+    }
+    Ok(found)
 }
 
 /// Parses the text of a `cgroup` file.

@@ -58,6 +58,11 @@ fn ksm_merged_pages_count_once_in_the_total() {
         for actor in &actors {
             assert_eq!(private_pages(&row(world, actor.pid())), 400, "each clone counts its own copies");
         }
+        // KSM has nothing left to merge. All clones have copied the same pages.
+        let why = world.json(&["density", "--why"]);
+        let reasons = why["templates"][0]["reasons"].as_array().unwrap();
+        let codes: Vec<&str> = reasons.iter().map(|reason| reason["code"].as_str().unwrap()).collect();
+        assert_eq!(codes, ["copied-by-all"], "{reasons:?}");
         // A write to a merged page copies it.
         actors[0].tell("write 0 3 99");
         assert_eq!(merged(), 17);

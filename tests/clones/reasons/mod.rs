@@ -1,6 +1,11 @@
 //! `stencil density --why`: clones for each reason, of which every copied page is known. The frame audit agrees with
 //! the figures from which the bytes come.
 
+mod caches;
+mod copied_file;
+mod serving;
+mod together;
+
 use std::collections::BTreeMap;
 
 use serde_json::Value;

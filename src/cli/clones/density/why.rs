@@ -55,7 +55,7 @@ impl Explanation {
                 served.entry(digest).or_default().push(by);
             }
         }
-        Ok(Explanation { reasons: accounting::reasons(survey)?, served })
+        Ok(Explanation { reasons: accounting::reasons(mounts, survey)?, served })
     }
 
     /// Adds the reasons to the rows of templates and clones.

@@ -13,6 +13,16 @@ use crate::units::Bytes;
 pub enum Code {
     /// A clone maps a file by decode that now has a backing: its pages are in the page cache a second time.
     Decode,
+    /// A clone maps a file by decode because its mount can make no backing.
+    DecodeFallback,
+    /// Template pages are in several page caches.
+    CachedTwice,
+    /// Template pages are charged to the memory cgroup of a clone, and clones outside of that cgroup share the pages.
+    Charged,
+    /// A VMM maps another file with the bytes of the template.
+    CopiedFile,
+    /// The process has requested huge pages for a mapping that cannot have them.
+    HugeAdvice,
     /// The distance between address and file offset is no multiple of 2 MiB, so 2 MiB entries are impossible.
     Misaligned,
     /// Every page of a mapping is copied.
@@ -32,10 +42,34 @@ pub enum Code {
 }
 
 impl Code {
+    /// All codes.
+    #[cfg(test)]
+    const ALL: [Code; 14] = [
+        Code::Decode,
+        Code::DecodeFallback,
+        Code::CachedTwice,
+        Code::Charged,
+        Code::CopiedFile,
+        Code::HugeAdvice,
+        Code::Misaligned,
+        Code::AllCopied,
+        Code::PageTables,
+        Code::Overhead,
+        Code::CopiedByAll,
+        Code::EqualToTemplate,
+        Code::Zeros,
+        Code::EqualCopies,
+    ];
+
     /// Returns the code as a word.
     pub fn name(self) -> &'static str {
         match self {
             Code::Decode => "decode",
+            Code::DecodeFallback => "decode-fallback",
+            Code::CachedTwice => "cached-twice",
+            Code::Charged => "charged",
+            Code::CopiedFile => "copied-file",
+            Code::HugeAdvice => "huge-advice",
             Code::Misaligned => "misaligned",
             Code::AllCopied => "all-copied",
             Code::PageTables => "page-tables",
@@ -53,6 +87,15 @@ impl Code {
             Code::Decode => {
                 "launch the clone again: a mapping from before the promotion of the file keeps decode"
             }
+            Code::DecodeFallback => "remove what keeps the mount from passthrough: 'stencil status' names it",
+            Code::CachedTwice => {
+                "serve the template in one way and by one mount: launch the clones of the other way again"
+            }
+            Code::Charged => {
+                "read the file in another cgroup before the first clone starts: 'stencil warm', or cat(1)"
+            }
+            Code::CopiedFile => "give the VMM the file in the mount: 'stencil path' prints it",
+            Code::HugeAdvice => "serve the file by passthrough, or let the VMM request no huge pages",
             Code::Misaligned => {
                 "map the file at an address that is congruent to the file offset modulo 2 MiB"
             }
@@ -107,17 +150,7 @@ mod tests {
 
     #[test]
     fn json_and_text_have_the_same_name() {
-        for code in [
-            Code::Decode,
-            Code::Misaligned,
-            Code::AllCopied,
-            Code::PageTables,
-            Code::Overhead,
-            Code::CopiedByAll,
-            Code::EqualToTemplate,
-            Code::Zeros,
-            Code::EqualCopies,
-        ] {
+        for code in Code::ALL {
             assert_eq!(serde_json::to_value(code).unwrap(), code.name());
         }
     }

@@ -1,23 +1,34 @@
 //! Reasons that follow from the bytes of copied pages.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::code::{Code, Reasons};
+use crate::clones::accounting::original::Originals;
 use crate::clones::accounting::process::Measured;
 use crate::clones::accounting::survey::Survey;
 use crate::clones::find::CloneProcess;
 use crate::error::{Code as ErrorCode, Result};
-use crate::store::{Digest, Scratch};
+use crate::store::Digest;
+use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::memory::process_memory::ProcessMemory;
-use crate::units::{Bytes, FileOffset, PAGE_SIZE, PageCount, to_usize};
+use crate::units::{Bytes, PAGE_SIZE, PageCount, to_usize};
 
-/// Copied pages of each template by the hash of their bytes, and how often each occurs.
-type Contents = BTreeMap<Digest, HashMap<blake3::Hash, u64>>;
+/// Copied pages of each template by the hash of their bytes.
+type Contents = BTreeMap<Digest, HashMap<blake3::Hash, Copies>>;
+
+/// Copied pages with equal bytes.
+#[derive(Default)]
+struct Copies {
+    /// Pages in frames that no other clone has.
+    exclusive: u64,
+    /// Frames of the other pages. A fork or KSM may have made clones share them.
+    frames: HashSet<u64>,
+}
 
 pub fn add(survey: &Survey, reasons: &mut Reasons) -> Result<()> {
-    let (mut contents, mut scratch) = (Contents::new(), Scratch::default());
+    let (mut contents, mut originals) = (Contents::new(), Originals::default());
     for ((clone, measured), list) in survey.clones.iter().zip(&mut reasons.clones) {
-        match compare(clone, measured, survey, &mut contents, &mut scratch) {
+        match compare(clone, measured, survey, &mut contents, &mut originals) {
             Ok((equal, zeros)) => {
                 Reasons::push(list, Code::EqualToTemplate, equal);
                 Reasons::push(list, Code::Zeros, zeros);
@@ -27,8 +38,9 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) -> Result<()> {
         }
     }
     for (digest, pages) in contents {
+        let frames = |copies: Copies| copies.exclusive + copies.frames.len() as u64;
         // One of each remains.
-        let superfluous: u64 = pages.into_values().map(|count| count - 1).sum();
+        let superfluous: u64 = pages.into_values().map(|copies| frames(copies).saturating_sub(1)).sum();
         reasons.of_template(digest, Code::EqualCopies, PageCount::new(superfluous).bytes());
     }
     Ok(())
@@ -41,15 +53,16 @@ fn compare(
     measured: &Measured,
     survey: &Survey,
     contents: &mut Contents,
-    scratch: &mut Scratch,
+    originals: &mut Originals,
 ) -> Result<(Bytes, Bytes)> {
     let memory = ProcessMemory::open(clone.pid)?;
+    let pagemap = measured.frames.private.may_be_shared().then(|| Pagemap::open(clone.pid)).transpose()?;
     // The process id may have been reused since the survey.
     if !clone.process().is_alive() {
         return Ok((Bytes::ZERO, Bytes::ZERO));
     }
     let (mut equal, mut zeros) = (PageCount::new(0), PageCount::new(0));
-    let (mut copy, mut original) = (vec![0; to_usize(PAGE_SIZE)], vec![0; to_usize(PAGE_SIZE)]);
+    let mut copy = vec![0; to_usize(PAGE_SIZE)];
     for (map, copied) in clone.maps.iter().zip(&measured.copied) {
         let Some(template) = survey.opened.get(&map.digest) else { continue };
         let present = copied.iter().filter(|copied| !copied.swapped);
@@ -57,18 +70,18 @@ fn compare(
             if !memory.read(address, &mut copy)? {
                 continue;
             }
-            let offset = map.offset.get() + address - map.start;
-            // The rest of the last page of a file is zero in a mapping.
-            original.fill(0);
-            let length = map.file_size.get().saturating_sub(offset).min(PAGE_SIZE);
-            let part = &mut original[..to_usize(length)];
-            template.read_range(map.index, FileOffset::new(offset), scratch, part)?;
-            if copy == original {
+            if copy == originals.page(template, map, address)? {
                 equal += PageCount::new(1);
             } else if copy.iter().all(|byte| *byte == 0) {
                 zeros += PageCount::new(1);
             } else {
-                *contents.entry(map.digest).or_default().entry(blake3::hash(&copy)).or_default() += 1;
+                let copies = contents.entry(map.digest).or_default().entry(blake3::hash(&copy)).or_default();
+                match &pagemap {
+                    None => copies.exclusive += 1,
+                    Some(pagemap) => pagemap.each_entry(address..address + PAGE_SIZE, |_, entry| {
+                        copies.frames.extend(entry.frame());
+                    })?,
+                }
             }
         }
     }

@@ -13,6 +13,7 @@ pub mod migration;
 pub mod qmp;
 mod ranges;
 pub mod recipe;
+pub mod recording;
 pub mod registry;
 pub mod removal;
 pub mod stop;

@@ -17,6 +17,14 @@ pub fn started_at(pid: u32) -> Result<Option<SystemTime>> {
     Ok(Some(now.checked_sub(since_boot().saturating_sub(at)).unwrap_or(now)))
 }
 
+/// Returns the start time of a process since boot, rounded down to a clock tick, or `None` if the process has exited.
+///
+/// # Errors
+/// Returns an error if `/proc/PID/stat` cannot be read.
+pub fn start_since_boot(pid: u32) -> Result<Option<Duration>> {
+    Ok(procfs::stat(pid)?.map(|stat| after_ticks(stat.start_ticks)))
+}
+
 /// Returns the time since boot, in the time namespace of this process.
 pub fn since_boot() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);

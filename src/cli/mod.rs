@@ -11,6 +11,7 @@ mod mount;
 mod output;
 mod parse_error;
 mod progress;
+mod recording;
 mod store;
 mod store_filter;
 mod value_parsers;
@@ -69,6 +70,8 @@ enum Command {
     Dirty(clones::dirty::DirtyArgs),
     /// Check what this host supports and what reduces sharing
     Doctor(host::doctor::DoctorArgs),
+    Record(recording::record::RecordArgs),
+    Report(recording::report::ReportArgs),
     Exporter(exporter::ExporterArgs),
     /// Write man pages or shell completions
     #[command(hide = true)]
@@ -116,6 +119,8 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Check(args) => clones::check::run(args, global),
         Command::Dirty(args) => clones::dirty::run(args, global),
         Command::Doctor(args) => host::doctor::run(args, global),
+        Command::Record(args) => recording::record::run(args, global),
+        Command::Report(args) => recording::report::run(args, global),
         Command::Exporter(args) => exporter::run(args, global),
         Command::Generate(args) => host::generate::run(args, Cli::command()),
         Command::Mount(args) => mount::attach::run(args, global),

@@ -89,6 +89,9 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     let explained = world.json(&["density", "--why"]);
     let grouped = world.json(&["density", "--by", "template"]);
     call(&["check"], &[&id]);
+    call(&["record", "--count", "1"], &["a.rec"]);
+    call(&["report"], &["a.rec"]);
+    let compared = world.json(&["report", "a.rec", "--compare", "a.rec"]);
     call(&["warm", "web:1"], &[]);
     let pid_recorded = recording["clones"][0]["pid"].to_string();
     let recorded = world.json(&["working-set", "record", &pid_recorded]);
@@ -139,6 +142,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     replies.insert("density --audit", audited);
     replies.insert("density --why", explained);
     replies.insert("density --by", grouped);
+    replies.insert("report --compare", compared);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
     let multifd = json!({"capabilities": [{"capability": "multifd", "state": true}]});
     guest.qmp().run("migrate-set-capabilities", multifd).unwrap();

@@ -1,5 +1,7 @@
-//! Metrics: the exporter, Prometheus, the dashboard and the alert rules; logs as JSON.
+//! Metrics: the exporter, Prometheus, the dashboard and the alert rules; logs as JSON; recordings and reports.
 
 pub mod exporter;
 pub mod json_log;
 pub mod prometheus;
+pub mod recording;
+pub mod report;

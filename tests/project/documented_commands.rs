@@ -49,6 +49,7 @@ pages! {
     qemu "docs/how-to/qemu.md"
     questions "docs/how-to/questions.md"
     recipes "docs/how-to/recipes.md"
+    record_and_report "docs/how-to/record-and-report.md"
     remove_templates "docs/how-to/remove-templates-and-free-space.md"
     renew_clones "docs/how-to/renew-clones.md"
     rust_vmm "docs/how-to/rust-vmm.md"

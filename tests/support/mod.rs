@@ -1,6 +1,7 @@
 //! Code that the scenarios share.
 
 pub mod actor;
+pub mod browser;
 pub mod daemon;
 pub mod debian;
 pub mod exporter;

@@ -72,6 +72,8 @@ command -v rsync >/dev/null 2>&1 || packages+=(rsync)
 command -v ssh >/dev/null 2>&1 || packages+=(openssh-client)
 command -v dropbear >/dev/null 2>&1 || packages+=(dropbear-bin)
 command -v curl >/dev/null 2>&1 || packages+=(curl)
+# Reads the pages of stencil report: 100 MB, without a display.
+command -v chromium-headless-shell >/dev/null 2>&1 || packages+=(chromium-headless-shell)
 command -v xz >/dev/null 2>&1 || packages+=(xz-utils)
 # Tools that build this project's Debian package, and programs that read its man pages and completions.
 command -v dpkg-shlibdeps >/dev/null 2>&1 || packages+=(dpkg-dev)

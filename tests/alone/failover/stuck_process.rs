@@ -1,10 +1,12 @@
 //! A process that waits for a stopped server inside `execve`: scans of all processes skip the process, report it, and
 //! treat it as a possible user of the template.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use stencilfs::clones::recording::Recording;
 use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::process::holders;
@@ -187,4 +189,30 @@ fn a_scrape_is_answered_while_clones_are_stuck() {
     stuck.actor.tell("anon 0 4096");
     drop(stuck);
     wait_for("recent figures", || recent(&scrape()).then_some(()));
+}
+
+#[test]
+fn a_recorder_goes_on_beside_a_stuck_process() {
+    let _host = host::alone();
+    let world = TestMount::with(&["--serve", "decode"]);
+    let file = world.dir().join("web.rec");
+    let mut command = world.command();
+    command.args(["record", "web.rec", "--interval", "0.2"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut recorder = command.spawn().unwrap();
+    let mut messages = BufReader::new(recorder.stderr.take().unwrap()).lines();
+    let samples = || Recording::open(&file).map_or(0, |recording| recording.samples().count());
+    wait_for("a sample", || (samples() > 0).then_some(()));
+    let other = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let mut stuck = Stuck::new(&other, &other.import_bytes(&[7; 4096], "web:1"));
+    let message = messages.next().unwrap().unwrap();
+    assert!(message.starts_with("no sample: error: ") && message.contains(UNSEEN), "{message}");
+    stuck.server.signal(Signal::CONT).unwrap();
+    stuck.actor.tell("anon 0 4096");
+    drop(stuck);
+    let before = samples();
+    wait_for("further samples", || (samples() > before + 1).then_some(()));
+    ProcessId::of(recorder.id()).unwrap().unwrap().signal(Signal::INT).unwrap();
+    let output = recorder.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains(" failed"), "{text}");
 }

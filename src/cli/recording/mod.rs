@@ -1,0 +1,4 @@
+//! Recordings of the memory of clones, and reports about them.
+
+pub mod record;
+pub mod report;

@@ -256,12 +256,15 @@ fn seconds(ms: u64) -> f64 {
     approximate(ms) / 1000.0
 }
 
+/// A quantile of the copied memory: its name, and its value in a step.
+type Quantile = (&'static str, fn(&GrowthStep) -> Bytes);
+
 fn growth(steps: &[GrowthStep], prefix: &str) -> Result<String> {
     let title = "<h3>Copied memory by age</h3>\n";
     let (Some(last), Some(max)) = (steps.last(), steps.iter().map(|step| step.copied.p90_bytes).max()) else {
         return Ok(format!("{title}<p>No clone has a known age.</p>\n"));
     };
-    let quantiles: [(&str, fn(&GrowthStep) -> Bytes); 3] = [
+    let quantiles: [Quantile; 3] = [
         ("10 of 100 clones", |step| step.copied.p10_bytes),
         ("50 of 100", |step| step.copied.p50_bytes),
         ("90 of 100", |step| step.copied.p90_bytes),

@@ -55,7 +55,7 @@ const cut = [...document.querySelectorAll("svg text")].filter((text) => {
 });
 // A cell that is narrower than its words.
 const narrow = [...document.querySelectorAll("td, th")].filter((cell) =>
-    cell.getBoundingClientRect().height > 100 && cell.textContent.length < 80);
+    cell.getBoundingClientRect().height > 160 && cell.textContent.length < 80);
 const findings = {
     inner_width: window.innerWidth,
     scroll_width: document.documentElement.scrollWidth,

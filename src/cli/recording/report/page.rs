@@ -162,7 +162,9 @@ fn further_clone(figures: &Figures, prefix: &str) -> Result<String> {
 
 /// Draws the parts of the memory over time; of one sample, beside each other.
 fn parts_over_time(figures: &Figures) -> Result<Plot> {
-    let max = figures.history.iter().map(|moment| moment.totals.host_bytes).max().unwrap_or_default();
+    // A recording of others may have another sum in `host_bytes`, and plotters cannot draw far outside of an axis.
+    let sum = |moment: &Moment| -> Bytes { PARTS.iter().map(|(_, part)| part(&moment.totals)).sum() };
+    let max = figures.history.iter().map(sum).max().unwrap_or_default();
     if let [moment] = &figures.history[..] {
         let sizes = PARTS.map(|(_, part)| part(&moment.totals));
         return strip("memory of all clones, by part", &Axis::bytes("memory", max), &segments(sizes));

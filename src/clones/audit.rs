@@ -13,7 +13,7 @@ use super::ranges::joined;
 use super::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::{Code, Result};
-use crate::store::Serving;
+use crate::store::{Digest, Serving};
 use crate::sys::memory::page_flags::{FrameKind, Frames};
 use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
@@ -192,7 +192,7 @@ fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
             other => other?,
         }
     }
-    let template = template_frames(mounts, survey)?;
+    let template = template_frames(mounts, survey, |_| true)?.len();
     let mut unexplained = 0;
     for (&frame, &seen) in &walk.private {
         unexplained += frames.mappings(frame)?.saturating_sub(seen);
@@ -304,17 +304,22 @@ fn walk_process(
     Ok(())
 }
 
-/// Counts the distinct frames that hold template pages: maps every file, and reads the frames of the pages that are in
+/// Returns the frames that hold pages of these templates: maps every file, and reads the frames of the pages that are in
 /// the page cache.
-fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
+pub(super) fn template_frames(
+    mounts: &[Mount],
+    survey: &Survey,
+    is_wanted: impl Fn(&Digest) -> bool,
+) -> Result<HashSet<u64>> {
     let mut frames = HashSet::new();
     let clones: Vec<_> = survey.clones.iter().map(|(clone, _)| clone).collect();
     let backings = residency::backings(mounts)?;
     let wanted = |file: &ServedFile| {
-        file.serving == Serving::Decode
-            || backings.iter().any(|(mount, backing)| {
-                (*mount, backing.digest, &backing.file) == (file.mount, file.digest, &file.name)
-            })
+        is_wanted(&file.digest)
+            && (file.serving == Serving::Decode
+                || backings.iter().any(|(mount, backing)| {
+                    (*mount, backing.digest, &backing.file) == (file.mount, file.digest, &file.name)
+                }))
     };
     residency::each_inode(mounts, &survey.inodes, &clones, wanted, |served, file| {
         let insert = |_, frame| {
@@ -327,7 +332,7 @@ fn template_frames(mounts: &[Mount], survey: &Survey) -> Result<usize> {
             ))
         })
     })?;
-    Ok(frames.len())
+    Ok(frames)
 }
 
 impl MemoryAudit {

@@ -4,6 +4,7 @@ pub mod accounting;
 pub mod agent;
 pub mod audit;
 pub mod baseline;
+pub mod capacity;
 pub mod capture;
 pub mod check;
 pub mod find;

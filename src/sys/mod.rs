@@ -7,6 +7,8 @@ pub mod clock;
 pub mod files;
 #[cfg(feature = "internals")]
 pub mod fuse;
+#[cfg(feature = "internals")]
+pub mod limits;
 pub mod memory;
 pub mod poll;
 pub mod probe;

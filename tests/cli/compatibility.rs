@@ -85,6 +85,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     let launched = call(&simulated, &[]);
     let id = launched["clones"][0]["id"].as_str().unwrap().to_owned();
     call(&["density"], &[]);
+    call(&["capacity", "web:1"], &[]);
     let audited = world.json(&["density", "--audit"]);
     let explained = world.json(&["density", "--why"]);
     let grouped = world.json(&["density", "--by", "template"]);

@@ -71,6 +71,7 @@ fn an_unknown_tag_gives_the_existing_tags_as_a_hint() {
         &["args", "web", "--vmm", "qemu"],
         &["recipe", "edit", "web"],
         &["clone", "web", "--simulate", "read=1%,write=1%"],
+        &["capacity", "web"],
         &["density", "web"],
         &["check", "--all", "--template", "web"],
         &["warm", "web"],

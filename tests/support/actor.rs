@@ -94,6 +94,14 @@ impl Actor {
         }
     }
 
+    /// Runs one command. Returns false if the actor was killed before or meanwhile.
+    pub fn survives(&mut self, command: &str) -> bool {
+        let mut line = String::new();
+        writeln!(self.input, "{command}").is_ok()
+            && self.output.read_line(&mut line).is_ok()
+            && line.starts_with("ok")
+    }
+
     /// Sends one command without waiting for its result.
     pub fn begin(&mut self, command: &str) {
         writeln!(self.input, "{command}").expect("the actor has exited");

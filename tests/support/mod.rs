@@ -8,6 +8,7 @@ pub mod exporter;
 pub mod holder;
 pub mod host;
 pub mod hosts;
+pub mod memory_group;
 pub mod mount;
 pub mod pages;
 pub mod store;

@@ -1,6 +1,7 @@
 //! Commands about clones and their memory.
 
 pub(super) mod args;
+pub(super) mod capacity;
 pub(super) mod capture;
 pub(super) mod check;
 pub(super) mod clone;

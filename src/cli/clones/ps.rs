@@ -185,7 +185,7 @@ pub(in crate::cli) fn ports(all: &BTreeMap<String, u16>) -> String {
 }
 
 /// Formats a span of time in its largest unit.
-fn age(seconds: u64) -> String {
+pub(in crate::cli) fn age(seconds: u64) -> String {
     match seconds {
         0..=119 => format!("{seconds}s"),
         120..=7199 => format!("{}m", seconds / 60),

@@ -1,11 +1,13 @@
 //! Attributes of page frames: `/proc/kpageflags`, `/proc/kpagecount` and `/proc/kpagecgroup`.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::units::PageCount;
 
 /// Bits of `/proc/kpageflags` (`linux/kernel-page-flags.h`).
 const ANON: u64 = 1 << 12;
@@ -88,6 +90,20 @@ impl Charges {
     pub fn of(&self, frame: u64) -> Result<u64> {
         entry(&self.0, "/proc/kpagecgroup", frame)
     }
+}
+
+/// Counts the frames that memory cgroups with these inode numbers pay for. Returns `None` if the kernel has no memory
+/// cgroups.
+///
+/// # Errors
+/// Returns an error without `CAP_SYS_ADMIN`, or if a frame does not exist.
+pub fn charged(frames: impl IntoIterator<Item = u64>, cgroups: &BTreeSet<u64>) -> Result<Option<PageCount>> {
+    let Some(charges) = Charges::open()? else { return Ok(None) };
+    let mut pages = 0;
+    for frame in frames {
+        pages += u64::from(cgroups.contains(&charges.of(frame)?));
+    }
+    Ok(Some(PageCount::new(pages)))
 }
 
 fn entry(file: &File, path: &str, frame: u64) -> Result<u64> {

@@ -1,13 +1,14 @@
-//! Cgroups, version 1 and 2: the cgroup of a process, its counter of OOM kills, and its memory below the limit.
+//! Cgroups, version 1 and 2: the cgroup of a process, its counter of OOM kills, and what it leaves below its limits.
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sys::process::procfs::{self, MountLine};
-use crate::units::Bytes;
+use crate::units::{Bytes, PAGE_SIZE};
 
 /// Where the cgroup file systems are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -90,50 +91,191 @@ fn parse_path(text: &str) -> String {
     unified.to_owned()
 }
 
-/// Returns how much memory the cgroups of a process leave below their limits, or `None` without a limit.
-pub fn memory_left(pid: u32) -> Option<Bytes> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    let directories = candidates(&text).into_iter().filter_map(|file| Some(file.parent()?.to_owned()));
-    let left = directories.flat_map(|directory| {
-        let within = |path: &&Path| path.starts_with(ROOT);
-        directory.ancestors().take_while(within).filter_map(left_in).collect::<Vec<_>>()
-    });
-    left.min().map(Bytes::new)
+/// Memory of one cgroup and of the cgroups below.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupMemory {
+    /// Directory of the cgroup.
+    pub path: PathBuf,
+    /// Limit (`memory.max`, `memory.limit_in_bytes`); `None` without a limit.
+    pub limit: Option<Bytes>,
+    /// Use at which the kernel slows the processes down (`memory.high` of version 2).
+    pub high: Option<Bytes>,
+    /// Memory that counts for the limit.
+    pub used: Bytes,
+    /// Cached pages of files. The kernel reclaims them before it kills a process. Pages of a tmpfs are not among them.
+    pub files: Bytes,
+    /// Memory of the kernel for these processes: page tables, stacks, descriptions of processes and mappings.
+    pub kernel: Option<Bytes>,
 }
 
-/// Returns how many bytes one cgroup can still allocate below its limit, or `None` without a limit. Cached pages of
-/// files count as free: the kernel reclaims them before it kills a process. Pages of a tmpfs are not among them.
-fn left_in(directory: &Path) -> Option<u64> {
-    let read = |name: &str| fs::read_to_string(directory.join(name)).ok();
-    let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
-    let stat = read("memory.stat").unwrap_or_default();
-    let cached = |prefix: &str| -> u64 {
-        let fields = stat.lines().filter_map(|line| line.strip_prefix(prefix)?.split_once(' '));
-        let of_files = fields.filter(|(name, _)| matches!(*name, "inactive_file" | "active_file"));
-        of_files.filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok()).sum()
-    };
-    let files =
-        [("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")];
-    files.into_iter().find_map(|(limit, used, prefix)| {
-        let used = number(used)?.saturating_sub(cached(prefix));
-        Some(number(limit)?.saturating_sub(used))
-    })
+/// The largest limit that version 1 stores (`PAGE_COUNTER_MAX`), which means that there is none.
+const UNLIMITED_V1: u64 = i64::MAX.cast_unsigned() / PAGE_SIZE * PAGE_SIZE;
+
+impl GroupMemory {
+    /// Reads the files of a cgroup. Returns `None` for a directory without the files of a memory controller.
+    ///
+    /// # Errors
+    /// Returns an error if a file cannot be read or parsed.
+    fn read(directory: &Path) -> Result<Option<GroupMemory>> {
+        for (limit, used, prefix) in [
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ] {
+            let Some(used) = read_number(directory, used)? else { continue };
+            let stat = read_if_there(&directory.join("memory.stat"))?.unwrap_or_default();
+            let field = |name: &str| parse_field(&stat, &format!("{prefix}{name}"));
+            let files = [field("inactive_file"), field("active_file")];
+            let kernel = field("kernel")
+                .map_or_else(|| read_number(directory, "memory.kmem.usage_in_bytes"), |n| Ok(Some(n)))?;
+            return Ok(Some(GroupMemory {
+                path: directory.to_owned(),
+                limit: read_limit(directory, limit)?.filter(|limit| *limit < UNLIMITED_V1).map(Bytes::new),
+                high: read_limit(directory, "memory.high")?.map(Bytes::new),
+                used: Bytes::new(used),
+                files: Bytes::new(files.into_iter().flatten().fold(0, u64::saturating_add)),
+                kernel: kernel.map(Bytes::new),
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Returns how much memory the cgroup leaves below a limit. Cached pages of files count as free.
+    pub fn left_below(&self, limit: Bytes) -> Bytes {
+        limit.saturating_sub(self.used.saturating_sub(self.files))
+    }
+}
+
+/// Returns the cgroup with this directory and those above it, the inner ones first, as far as the memory controller is
+/// enabled for them.
+///
+/// # Errors
+/// Returns an error if a file cannot be read or parsed.
+pub fn memory_groups(directory: &Path) -> Result<Vec<GroupMemory>> {
+    directory.ancestors().filter_map(|directory| GroupMemory::read(directory).transpose()).collect()
+}
+
+/// Returns how much memory the cgroups of a process leave below their limits, or `None` without a limit.
+pub fn memory_left(pid: u32) -> Option<Bytes> {
+    let groups = memory_groups(&memory_directory(pid)?).ok()?;
+    groups.iter().filter_map(|group| Some(group.left_below(group.limit?))).min()
+}
+
+/// Returns the directory of the cgroup of a process in the hierarchy of the memory controller, or `None` without this
+/// controller.
+pub fn memory_directory(pid: u32) -> Option<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let directories = candidates(&text).into_iter().filter_map(|file| Some(file.parent()?.to_owned()));
+    // A group that cannot be read must not pass for one without a limit.
+    directories
+        .into_iter()
+        .find(|directory| memory_groups(directory).map_or(true, |groups| !groups.is_empty()))
+}
+
+/// Returns the cgroup whose limit on tasks is the next to be reached, of a process and of the cgroup with a directory, and
+/// how many tasks it leaves. Returns `None` without a limit.
+///
+/// # Errors
+/// Returns an error if a file cannot be read or parsed.
+pub fn tasks_left(pid: Option<u32>, directory: Option<&Path>) -> Result<Option<(PathBuf, u64)>> {
+    let text = pid.map(|pid| procfs::read_of(pid, "cgroup")).transpose()?.flatten().unwrap_or_default();
+    let of_process = files_of(&text, "pids", "pids.max", "pids.max");
+    let directories = of_process.iter().filter_map(|file| file.parent()).chain(directory);
+    let mut least: Option<(PathBuf, u64)> = None;
+    for directory in directories.flat_map(Path::ancestors) {
+        let Some(limit) = read_limit(directory, "pids.max")? else { continue };
+        let left = limit.saturating_sub(read_number(directory, "pids.current")?.unwrap_or(0));
+        if least.as_ref().is_none_or(|(_, least)| left < *least) {
+            least = Some((directory.to_owned(), left));
+        }
+    }
+    Ok(least)
+}
+
+/// Returns the directories of a cgroup and of all cgroups below.
+///
+/// # Errors
+/// Returns an error if a directory cannot be read.
+pub fn tree(directory: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |e: io::Error| Error::io("cannot read the cgroup", directory, e);
+    let mut directories = vec![directory.to_owned()];
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            directories.extend(tree(&entry.path())?);
+        }
+    }
+    Ok(directories)
+}
+
+/// Returns the inode number of a cgroup, by which `/proc/kpagecgroup` names it.
+///
+/// # Errors
+/// Returns an error if the directory cannot be read.
+pub fn inode(directory: &Path) -> Result<u64> {
+    let found = fs::metadata(directory).map_err(|e| Error::io("cannot read the cgroup", directory, e))?;
+    Ok(found.ino())
+}
+
+/// Returns the number of processes in a cgroup, without those of the cgroups below.
+///
+/// # Errors
+/// Returns an error if the list cannot be read.
+pub fn processes(directory: &Path) -> Result<u64> {
+    Ok(read_if_there(&directory.join("cgroup.procs"))?.unwrap_or_default().lines().count() as u64)
+}
+
+fn read_if_there(path: &Path) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("cannot read", path, e)),
+    }
+}
+
+fn read_number(directory: &Path, name: &str) -> Result<Option<u64>> {
+    let path = directory.join(name);
+    let Some(text) = read_if_there(&path)? else { return Ok(None) };
+    text.trim().parse().map(Some).map_err(|_| not_a_number(&path))
+}
+
+/// Reads a limit. Returns `None` for the word `max`, and for a file that does not exist.
+fn read_limit(directory: &Path, name: &str) -> Result<Option<u64>> {
+    let path = directory.join(name);
+    match read_if_there(&path)?.as_deref().map(str::trim) {
+        None | Some("max") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(|_| not_a_number(&path)),
+    }
+}
+
+fn not_a_number(path: &Path) -> Error {
+    Error::failed("cannot parse the file of a cgroup: expected a number").at(path)
+}
+
+/// Parses the line `NAME NUMBER` of a `memory.stat`.
+fn parse_field(stat: &str, name: &str) -> Option<u64> {
+    stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
 /// Returns the counter files for the cgroups of a `/proc/PID/cgroup`: that of version 1, if version 1 has the memory
 /// controller, before those of version 2.
 fn candidates(text: &str) -> Vec<PathBuf> {
+    files_of(text, "memory", "memory.oom_control", "memory.events")
+}
+
+/// Returns the paths that a file can have for the cgroups of a `/proc/PID/cgroup`: `first` with version 1, if version 1
+/// has the controller, before `second` with version 2.
+fn files_of(text: &str, controller: &str, first: &str, second: &str) -> Vec<PathBuf> {
     let lines = || text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
     let file = |directory: &str, path: &str, name: &str| {
         PathBuf::from(format!("{ROOT}{directory}{}/{name}", path.trim_end_matches('/')))
     };
-    let first = lines()
-        .filter(|(controllers, _)| controllers.split(',').any(|c| c == "memory"))
-        .map(|(_, path)| file("/memory", path, "memory.oom_control"));
-    let second = lines()
+    let old = lines()
+        .filter(|(controllers, _)| controllers.split(',').any(|c| c == controller))
+        .map(|(_, path)| file(&format!("/{controller}"), path, first));
+    let unified = lines()
         .filter(|(controllers, _)| controllers.is_empty())
-        .flat_map(|(_, path)| ["", "/unified"].map(|directory| file(directory, path, "memory.events")));
-    first.chain(second).collect()
+        .flat_map(|(_, path)| ["", "/unified"].map(|directory| file(directory, path, second)));
+    old.chain(unified).collect()
 }
 
 /// Parses the line `oom_kill N`.
@@ -151,21 +293,109 @@ mod tests {
         assert_eq!(parse_path("0::/u\n"), "/u");
     }
 
+    /// Writes files of a cgroup: name and content, in turn.
+    fn group(directory: &Path, files: &[(&str, &str)]) {
+        fs::create_dir_all(directory).unwrap();
+        files.iter().for_each(|(name, text)| fs::write(directory.join(name), text).unwrap());
+    }
+
+    fn left(directory: &Path) -> Option<u64> {
+        let groups = memory_groups(directory).unwrap();
+        groups.iter().filter_map(|group| Some(group.left_below(group.limit?).get())).min()
+    }
+
     #[test]
     fn memory_left_is_limit_minus_use() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        assert_eq!(left_in(dir.path()), None);
+        assert_eq!(left(dir.path()), None);
         write("memory.max", "max\n");
         write("memory.current", "300\n");
-        assert_eq!(left_in(dir.path()), None);
+        assert_eq!(left(dir.path()), None);
         write("memory.max", "1000\n");
-        assert_eq!(left_in(dir.path()), Some(700));
+        assert_eq!(left(dir.path()), Some(700));
         write("memory.stat", "anon 5\ninactive_file 40\nactive_file 10\nshmem 90\n");
-        assert_eq!(left_in(dir.path()), Some(750));
+        assert_eq!(left(dir.path()), Some(750));
         write("memory.stat", "");
         write("memory.max", "200\n");
-        assert_eq!(left_in(dir.path()), Some(0));
+        assert_eq!(left(dir.path()), Some(0));
+    }
+
+    #[test]
+    fn reads_groups_of_both_versions_up_the_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        // As below /sys/fs/cgroup, where the root of version 2 has no limit and no use.
+        let (slice, inner) = (dir.path().join("tenant.slice"), dir.path().join("tenant.slice/vm"));
+        group(&slice, &[("memory.max", "5000"), ("memory.current", "4000"), ("memory.high", "4500")]);
+        group(
+            &inner,
+            &[
+                ("memory.max", "max"),
+                ("memory.high", "max"),
+                ("memory.current", "900"),
+                ("memory.stat", "anon 500\nkernel 77\ninactive_file 30\n"),
+            ],
+        );
+        let groups = memory_groups(&inner).unwrap();
+        assert_eq!(groups.iter().map(|group| &group.path).collect::<Vec<_>>(), [&inner, &slice]);
+        assert_eq!((groups[0].limit, groups[0].kernel), (None, Some(Bytes::new(77))));
+        assert_eq!((groups[0].high, groups[1].high), (None, Some(Bytes::new(4500))));
+        assert_eq!(left(&inner), Some(1000));
+
+        let old = dir.path().join("old");
+        group(
+            &old,
+            &[
+                ("memory.limit_in_bytes", "9223372036854771712"),
+                ("memory.usage_in_bytes", "300"),
+                ("memory.kmem.usage_in_bytes", "44"),
+                ("memory.stat", "inactive_file 9\ntotal_inactive_file 20\ntotal_active_file 5\n"),
+            ],
+        );
+        let groups = memory_groups(&old).unwrap();
+        let expected = GroupMemory {
+            path: old.clone(),
+            limit: None,
+            high: None,
+            used: Bytes::new(300),
+            files: Bytes::new(25),
+            kernel: Some(Bytes::new(44)),
+        };
+        assert_eq!(groups, [expected]);
+        fs::write(old.join("memory.limit_in_bytes"), "1000").unwrap();
+        assert_eq!(left(&old), Some(725));
+    }
+
+    #[test]
+    fn a_limit_that_is_no_number_is_an_error_and_never_no_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        for text in ["", "maximum", "-1", "1e9", "99999999999999999999999", "10 20", "\0"] {
+            group(dir.path(), &[("memory.max", text), ("memory.current", "1")]);
+            assert!(memory_groups(dir.path()).is_err(), "{text:?}");
+        }
+        group(dir.path(), &[("memory.max", "10"), ("memory.current", "many")]);
+        assert!(memory_groups(dir.path()).is_err());
+        // Fields that cannot be parsed count as no reclaimable memory.
+        let stat = "inactive_file\nactive_file x\ninactive_file_2 7\n";
+        group(dir.path(), &[("memory.current", "4"), ("memory.stat", stat)]);
+        assert_eq!(left(dir.path()), Some(6));
+    }
+
+    #[test]
+    fn names_the_group_that_leaves_the_fewest_tasks() {
+        let paths = files_of("8:pids:/vm\n0::/u\n", "pids", "pids.max", "pids.max");
+        assert_eq!(paths[0], Path::new("/sys/fs/cgroup/pids/vm/pids.max"));
+        assert_eq!(paths[1], Path::new("/sys/fs/cgroup/u/pids.max"));
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("vm");
+        group(dir.path(), &[("pids.max", "100"), ("pids.current", "60")]);
+        group(&inner, &[("pids.max", "max"), ("pids.current", "1")]);
+        assert_eq!(tasks_left(None, Some(&inner)).unwrap(), Some((dir.path().to_owned(), 40)));
+        group(&inner, &[("pids.max", "7")]);
+        assert_eq!(tasks_left(None, Some(&inner)).unwrap(), Some((inner.clone(), 6)));
+        group(&inner, &[("pids.max", "few")]);
+        assert!(tasks_left(None, Some(&inner)).is_err());
+        assert_eq!(tasks_left(Some(u32::MAX >> 1), None).unwrap(), None);
     }
 
     #[test]

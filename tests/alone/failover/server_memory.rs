@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -11,83 +11,39 @@ use stencilfs::sys::process::ProcessId;
 use stencilfs::units::PAGE_SIZE;
 
 use crate::support::host;
-use crate::support::mount::{STENCIL, TestMount, wait_for};
+use crate::support::memory_group::MemoryGroup;
+use crate::support::mount::{TestMount, wait_for};
 use crate::support::store::random;
 
-/// A control group with a memory limit. Removed on drop, when its processes must have exited.
-struct Group {
-    dir: PathBuf,
-    limit: &'static str,
-    usage: &'static str,
-}
-
-impl Group {
-    fn new() -> Group {
-        let name = format!("stencil-test-{}", std::process::id());
-        let v1 = Path::new("/sys/fs/cgroup/memory");
-        let group = if v1.join("memory.limit_in_bytes").exists() {
-            Group { dir: v1.join(name), limit: "memory.limit_in_bytes", usage: "memory.usage_in_bytes" }
-        } else {
-            Group {
-                dir: Path::new("/sys/fs/cgroup").join(name),
-                limit: "memory.max",
-                usage: "memory.current",
-            }
-        };
-        fs::create_dir(&group.dir).unwrap_or_else(|e| panic!("{}: {e}", group.dir.display()));
-        group
-    }
-
-    fn usage(&self) -> u64 {
-        fs::read_to_string(self.dir.join(self.usage)).unwrap().trim().parse().unwrap()
-    }
-
-    /// Sets the limit to the memory that cannot be reclaimed, to the page.
-    fn limit(&self) {
-        let mut minimum = self.usage();
-        // Version 2 reclaims memory on request. Version 1 rejects a limit below the memory that cannot be reclaimed.
-        if self.limit == "memory.max" {
-            let _ = fs::write(self.dir.join("memory.reclaim"), minimum.to_string());
-            minimum = self.usage();
-        } else {
-            let mut step = 1 << 20;
-            while step >= PAGE_SIZE {
-                match fs::write(self.dir.join(self.limit), minimum.saturating_sub(step).to_string()) {
-                    Ok(()) => minimum = minimum.saturating_sub(step),
-                    Err(_) => step /= 2,
-                }
+/// Sets the limit to the memory that cannot be reclaimed, to the page.
+fn limit(group: &MemoryGroup) {
+    let mut minimum = group.usage();
+    // Version 2 reclaims memory on request. Version 1 rejects a limit below the memory that cannot be reclaimed.
+    if group.is_v2() {
+        let _ = fs::write(group.dir().join("memory.reclaim"), minimum.to_string());
+        minimum = group.usage();
+    } else {
+        let mut step = 1 << 20;
+        while step >= PAGE_SIZE {
+            match group.set_limit(&minimum.saturating_sub(step).to_string()) {
+                Ok(()) => minimum = minimum.saturating_sub(step),
+                Err(_) => step /= 2,
             }
         }
-        fs::write(self.dir.join(self.limit), (minimum + PAGE_SIZE).to_string()).unwrap();
     }
-
-    fn unlimit(&self) {
-        let unlimited = if self.limit == "memory.max" { "max" } else { "-1" };
-        fs::write(self.dir.join(self.limit), unlimited).unwrap();
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while fs::remove_dir(&self.dir).is_err() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
+    group.set_limit(&(minimum + PAGE_SIZE).to_string()).unwrap();
 }
 
 #[test]
 fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
     let _host = host::alone();
-    let group = Group::new();
+    let group = MemoryGroup::new();
     let world = TestMount::unmounted();
     let content = random(9, 32 << 20);
     let digest = world.import_bytes(&content, "web:1");
-    let script = format!(
-        "echo $$ >{}/cgroup.procs && exec {STENCIL} mount --serve decode --watchdog 0 \"$0\"",
-        group.dir.display()
-    );
-    let mount = world.command_in("sh").args(["-c", &script]).arg(world.mountpoint()).status().unwrap();
+    let mut mount = world.command();
+    mount.args(["mount", "--serve", "decode", "--watchdog", "0"]).arg(world.mountpoint());
+    let mount = group.command(&mount).status().unwrap();
     assert!(mount.success());
     let quiet = world.status();
     assert_eq!(
@@ -141,9 +97,9 @@ fn out_of_memory_restarts_back_off_and_status_shows_the_cause() {
 }
 
 /// Limits the group, then reads all of the file from the server in a thread.
-fn limited_reader(group: &Group, opened: &File, file: &Path) -> JoinHandle<io::Result<Vec<u8>>> {
+fn limited_reader(group: &MemoryGroup, opened: &File, file: &Path) -> JoinHandle<io::Result<Vec<u8>>> {
     rustix::fs::fadvise(opened, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-    group.limit();
+    limit(group);
     let file = file.to_owned();
     std::thread::spawn(move || fs::read(file))
 }

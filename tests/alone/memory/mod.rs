@@ -3,6 +3,7 @@
 mod accounting;
 mod agreement;
 mod backend_memory;
+mod capacity;
 mod counted_once;
 mod dirty_exact;
 mod jail;

@@ -1,7 +1,6 @@
 //! Clones: launches, recipes, disks, accounting, memory backends.
 
 pub mod accounting;
-mod capacity;
 pub mod check;
 pub mod clock;
 pub mod command;

@@ -1,5 +1,6 @@
 //! Metrics: the exporter, Prometheus, the dashboard and the alert rules; logs as JSON; recordings and reports.
 
+mod capacity;
 pub mod exporter;
 pub mod json_log;
 pub mod prometheus;

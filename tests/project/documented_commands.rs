@@ -46,6 +46,7 @@ pages! {
     libvirt "docs/how-to/libvirt.md"
     monitoring "docs/how-to/monitoring.md"
     move_templates "docs/how-to/move-templates.md"
+    plan_capacity "docs/how-to/plan-capacity.md"
     qemu "docs/how-to/qemu.md"
     questions "docs/how-to/questions.md"
     recipes "docs/how-to/recipes.md"

@@ -23,8 +23,8 @@ use crate::units::{Bytes, whole};
 
 /// Report how many more clones of a template fit, and which resource ends first
 ///
-/// What a clone takes follows from the clones that run now, and from a recording. The bounds have a confidence of 95 %
-/// that further clones behave as the measured ones.
+/// What a clone takes follows from the clones that run now, and from a recording. If further clones behave as the
+/// measured ones, the truth lies between the bounds in at least 95 % of the cases.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

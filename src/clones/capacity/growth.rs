@@ -75,8 +75,9 @@ impl Interval {
 /// Number of draws of the bootstrap.
 const DRAWS: usize = 400;
 
-/// Share of the draws beyond each bound: the interval has a confidence of 95 %.
-const TAIL: f64 = 0.025;
+/// Share of the draws beyond each bound. The interval has a nominal confidence of 98 %: with few clones and a curve that
+/// is chosen by the measurements themselves, more than 95 % remain.
+const TAIL: f64 = 0.01;
 
 /// With fewer clones than this, the bootstrap says little about shapes.
 const FEW_CLONES: usize = 5;
@@ -258,8 +259,11 @@ impl Growth {
         let count = fit.clones.len();
         let (criterion, curve) = fit.best(0..count)?;
         let estimate = curve.at(age_seconds);
+        let deviation = deviation(samples, &curve, count);
         let (below, above) = bootstrap(&fit, age_seconds, estimate);
-        let (mut lower, mut upper) = (estimate - below, estimate + above);
+        // The quantiles of few clones vary by chance: never narrower than the interval of a mean.
+        let of_mean = t_quantile(count) * deviation * estimate / approximate(count as u64).sqrt();
+        let (mut lower, mut upper) = (estimate - below.max(of_mean), estimate + above.max(of_mean));
         if age_seconds > oldest * 1.01 {
             let first = ages().fold(f64::INFINITY, f64::min);
             let limit = if count < FEW_CLONES { f64::INFINITY } else { PLAUSIBLE };
@@ -284,7 +288,7 @@ impl Growth {
         Some(Growth {
             curve,
             mean: Interval::new(lower.max(0.0), estimate, upper),
-            deviation: deviation(samples, &curve, fit.clones.len()),
+            deviation,
             clones: count,
             oldest_seconds: oldest,
         })
@@ -334,14 +338,14 @@ fn draw(state: &mut u64, count: usize) -> usize {
     crate::units::to_usize(z % count as u64)
 }
 
-/// The 97.5 % quantile of the normal distribution.
-const T_NORMAL: f64 = 1.96;
+/// The 99 % quantile of the normal distribution.
+const T_NORMAL: f64 = 2.33;
 
-/// Returns the 97.5 % quantile of Student's t distribution for a mean over `clones` clones.
+/// Returns the 99 % quantile of Student's t distribution for a mean over `clones` clones.
 fn t_quantile(clones: usize) -> f64 {
-    const SMALL: [f64; 10] = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23];
+    const SMALL: [f64; 10] = [31.82, 6.96, 4.54, 3.75, 3.36, 3.14, 3.00, 2.90, 2.82, 2.76];
     let degrees = clones.saturating_sub(1).max(1);
-    SMALL.get(degrees - 1).copied().unwrap_or_else(|| T_NORMAL + 2.4 / approximate(degrees as u64))
+    SMALL.get(degrees - 1).copied().unwrap_or_else(|| T_NORMAL + 4.4 / approximate(degrees as u64))
 }
 
 /// Returns the standard deviation between clones: of the ratio of a clone's memory to the curve.

@@ -131,10 +131,10 @@ fn the_text_has_at_most_15_lines_of_100_columns() {
 fn errors_say_what_to_do() {
     let _host = host::shared();
     let (world, _) = world("passthrough", 4 * MIB);
-    let run = world.stencil(&["capacity", "web:1"]).exits(3).says("was measured");
+    let run = world.stencil(&["capacity", "web:1"]).exits(4).says("was measured");
     assert!(run.err.contains("launch some clones"), "{run:?}");
     world.stencil(&["clone", "web:1", "--simulate", "write=10p"]).ok();
-    let run = world.stencil(&["capacity", "web:1", "--memcg", "/proc"]).exits(3).says("no memory cgroup");
+    let run = world.stencil(&["capacity", "web:1", "--memcg", "/proc"]).exits(4).says("no memory cgroup");
     assert!(run.err.contains("memory.max"), "{run:?}");
     let top = temporary("cgroup-");
     for text in ["", "-5", "1e9"] {

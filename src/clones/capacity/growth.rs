@@ -343,7 +343,7 @@ const T_NORMAL: f64 = 2.33;
 
 /// Returns the 99 % quantile of Student's t distribution for a mean over `clones` clones.
 fn t_quantile(clones: usize) -> f64 {
-    const SMALL: [f64; 10] = [31.82, 6.96, 4.54, 3.75, 3.36, 3.14, 3.00, 2.90, 2.82, 2.76];
+    const SMALL: [f64; 10] = [31.821, 6.965, 4.541, 3.747, 3.365, 3.143, 2.998, 2.896, 2.821, 2.764];
     let degrees = clones.saturating_sub(1).max(1);
     SMALL.get(degrees - 1).copied().unwrap_or_else(|| T_NORMAL + 4.4 / approximate(degrees as u64))
 }

@@ -158,6 +158,8 @@ struct Walk {
     private: HashMap<u64, u64>,
     overhead: HashMap<u64, u64>,
     processes: Vec<Walked>,
+    /// Devices of dead mounts, and the frames of file pages in mappings of them.
+    dead: (Vec<u64>, HashSet<u64>),
 }
 
 struct Walked {
@@ -185,8 +187,11 @@ impl Walk {
 fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
     let frames = Frames::open()?;
     let mut walk = Walk::default();
+    walk.dead.0 = mounts.iter().filter(|mount| mount.is_dead()).map(|mount| mount.device).collect();
     let zeros = ZeroMemory::new(&survey.inodes);
-    for (pid, lines) in mappings_of_all(&survey.inodes)? {
+    // The memory of these processes is a part of the store cache, as that of the servers.
+    let is_handler = |pid| survey.density.handlers.iter().any(|handler| handler.pid == pid);
+    for (pid, lines) in mappings_of_all(&survey.inodes)?.into_iter().filter(|(pid, _)| !is_handler(*pid)) {
         match walk_process(pid, &lines, &zeros, &frames, &mut walk) {
             Err(error) if error.code() == Code::NotFound => {}
             other => other?,
@@ -211,7 +216,7 @@ fn frame_audit(mounts: &[Mount], survey: &Survey) -> Result<FrameAudit> {
         private_accounted: totals.private_bytes,
         overhead_bytes: bytes(overhead),
         overhead_accounted: totals.overhead_bytes,
-        template_bytes: bytes(template),
+        template_bytes: bytes(template + walk.dead.1.len()),
         template_accounted: totals.template_bytes,
         page_table_bytes,
         page_table_accounted: before.page_tables,
@@ -288,6 +293,9 @@ fn walk_process(
         })?;
         for (address, frame) in anonymous {
             if frames.kind(frame)? != FrameKind::Anonymous {
+                if walk.dead.0.contains(&line.dev) {
+                    walk.dead.1.insert(frame);
+                }
                 continue;
             }
             if exclusive.is_none() && frames.mappings(frame)? == 1 {
@@ -430,7 +438,8 @@ mod tests {
             store_cache_bytes,
             ..Totals::default()
         };
-        let free = |bytes| Baseline { mem_available: Bytes::new(bytes), per_cpu_free: Bytes::ZERO };
+        let free =
+            |bytes| Baseline { mem_available: Bytes::new(bytes), per_cpu_free: Bytes::ZERO, read_by: 0 };
         let audit = MemoryAudit::new(free(5000), free(3889), &totals);
         assert_eq!((audit.accounted_bytes.get(), audit.fall_bytes), (1111, 1111));
         assert_eq!((audit.error_percent, audit.verdict), (0.0, Verdict::Ok));

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::sys::process::procfs;
+use crate::sys::process::{ProcessId, procfs};
 use crate::units::Bytes;
 
 /// Free memory of the host at one moment.
@@ -11,6 +11,8 @@ use crate::units::Bytes;
 pub struct Baseline {
     pub(super) mem_available: Bytes,
     pub(super) per_cpu_free: Bytes,
+    /// Identity of the process that read the figures. A process with a greater identity started later.
+    pub(super) read_by: u64,
 }
 
 impl Baseline {
@@ -21,7 +23,13 @@ impl Baseline {
     pub fn now() -> Result<Baseline> {
         let mem_available = procfs::meminfo("MemAvailable")?
             .ok_or_else(|| Error::failed("missing MemAvailable in /proc/meminfo"))?;
-        Ok(Baseline { mem_available, per_cpu_free: procfs::per_cpu_free()? })
+        let read_by = ProcessId::current()?.identity;
+        Ok(Baseline { mem_available, per_cpu_free: procfs::per_cpu_free()?, read_by })
+    }
+
+    /// Returns true if a process with this identity had no memory when the figures were read.
+    pub fn is_before(&self, identity: u64) -> bool {
+        self.read_by < identity
     }
 
     /// Returns the memory that a new process could get: `MemAvailable`, and free pages in per-CPU lists, which

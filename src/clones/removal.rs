@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::clones::counted;
-use crate::clones::find::{self, Inodes};
+use crate::clones::find::{self, Inodes, handlers};
 use crate::control::{self, Condemnation, Mount, RemovalMark};
 use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Refused, Removal, Removed, Serving, Store, Template, TemplateRef, inode_number};
@@ -271,8 +271,10 @@ fn users_of<'a>(
         return Ok(Refused::new());
     }
     let using = find::users(&Inodes::of_templates(store, templates.iter().copied(), mounts))?;
-    let mut used: BTreeMap<Digest, Error> =
-        using.into_iter().map(|(digest, using)| (digest, in_use(&digest, &using))).collect();
+    let mut used: BTreeMap<Digest, Error> = using
+        .into_iter()
+        .map(|(digest, using)| Ok((digest, in_use(&digest, &using)?)))
+        .collect::<Result<_>>()?;
     let table = procfs::mounts()?;
     // Two stores with the same content serve different files under the same digest. A mount of this store that another
     // runtime directory records is not in `mounts`, so a file is ignored only if its mount serves a store with another
@@ -346,7 +348,7 @@ fn unexpected_inode(inode: u64) -> Error {
         .hint("replace the supervisor of the mount: stencil restart")
 }
 
-fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Error {
+fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Result<Error> {
     let maps = using.values().filter(|how| **how == "map").count();
     let opens = using.len() - maps;
     let processes = |n: usize| counted(n as u64, "process", "processes");
@@ -357,6 +359,15 @@ fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Error {
         _ => format!("{} {map} it, {opens} more {open} it open", processes(maps)),
     };
     let pids: Vec<String> = using.keys().map(u32::to_string).collect();
-    Error::in_use(format!("template {digest} is in use: {what}: {}", pids.join(", ")))
-        .hint("stop these processes first; 'stencil stop' stops the clones that Stencil launched")
+    let mut message = format!("template {digest} is in use: {what}: {}", pids.join(", "));
+    let mut remedy = "stop these processes first; 'stencil stop' stops the clones that Stencil launched";
+    for (pid, _) in using.iter().filter(|(_, how)| **how == "map") {
+        if let Some(served) =
+            handlers::served_by(*pid, |_, _| true)?.and_then(|serves| handlers::served_list(&serves))
+        {
+            message.push_str(&format!("; process {pid} handles page faults of {served}"));
+            remedy = "stop the processes whose page faults are handled first: they would wait for ever without the handler";
+        }
+    }
+    Ok(Error::in_use(message).hint(remedy))
 }

@@ -15,7 +15,8 @@ pub use mounts::client::{ask, request_refresh, request_restart, request_unmount}
 pub use mounts::condemn::Condemnation;
 pub use mounts::daemon::{exec_supervisor, find_daemon, start_supervisor};
 pub use mounts::listing::{
-    DeadMount, Listing, every_mount, every_mount_of, is_of_store, list, lives, mount_of, mounts, mounts_of,
+    Listing, every_mount, every_mount_of, is_of_store, list, lives, mount_of, mounts, mounts_and_dead,
+    mounts_of, with_store,
 };
 pub use mounts::mount_lock::MountLock;
 pub use mounts::registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, socket_path};

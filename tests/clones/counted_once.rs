@@ -10,7 +10,7 @@ use crate::support::mount::TestMount;
 use crate::support::store::guest_like;
 
 const PAGE: u64 = 4096;
-const SIZE: u64 = 4 << 20;
+pub const SIZE: u64 = 4 << 20;
 
 /// Mounts a store with one template. Returns the mount and the digest of the template.
 pub fn world() -> (TestMount, String) {
@@ -72,11 +72,17 @@ fn processes_that_share_an_address_space_are_one_clone() {
     assert_eq!(figures(&density)[..3], [json!(3), json!(3 * SIZE), json!(112 * PAGE)]);
 }
 
-/// Two mounts serve one template: each has its own page cache, and only one has a backing.
 #[test]
 fn audit_accounts_for_two_mounts_of_one_store() {
     let _host = host::shared();
-    let world = TestMount::new("decode");
+    for serve in [["decode", "passthrough"], ["decode", "decode"], ["passthrough", "passthrough"]] {
+        two_mounts_of_one_store(serve);
+    }
+}
+
+/// Two mounts serve one template: each has its own page cache.
+fn two_mounts_of_one_store(serve: [&str; 2]) {
+    let world = TestMount::new(serve[0]);
     let mut bytes = vec![0; SIZE as usize];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     let digest = world.import_bytes(&bytes, "web:1");
@@ -93,7 +99,7 @@ fn audit_accounts_for_two_mounts_of_one_store() {
     let mounted = world
         .command()
         .env("STENCIL_STORE", &link)
-        .args(["mount", "--serve", "passthrough"])
+        .args(["mount", "--serve", serve[1]])
         .arg(&second)
         .status();
     assert!(mounted.unwrap().success());
@@ -115,7 +121,15 @@ fn audit_accounts_for_two_mounts_of_one_store() {
     assert_eq!(frames["private_bytes"], 50 * PAGE);
     let templates = density["templates"].as_array().unwrap();
     assert_eq!(templates.len(), 1, "{templates:#?}");
-    assert_eq!((&templates[0]["serving"], &templates[0]["clones"]), (&json!("both"), &json!(2)));
+    let serving = if serve[0] == serve[1] { serve[0] } else { "both" };
+    assert_eq!((&templates[0]["serving"], &templates[0]["clones"]), (&json!(serving), &json!(2)));
+    let resident = &templates[0]["resident_bytes"];
+    assert_eq!((resident, &density["totals"]["template_bytes"]), (&json!(2 * SIZE), resident));
+    // Without --audit, the mounts of the store are the same, whichever of its paths is named.
+    for store in [world.store_dir(), link.clone()] {
+        let totals = &world.json(&["--store", store.to_str().unwrap(), "density"])["totals"];
+        assert_eq!([&totals["template_bytes"], &totals["clones"]], [resident, &json!(2)], "{serve:?}");
+    }
 
     // Both paths lead to the same files of the store: their page cache counts once.
     let daemons: u64 =

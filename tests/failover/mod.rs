@@ -2,6 +2,7 @@
 
 pub mod attempt;
 pub mod damaged_block;
+pub mod dead_mount;
 pub mod hostile_server;
 pub mod in_flight;
 pub mod kill;

@@ -17,6 +17,9 @@
  *   collapse ID FIRST COUNT             MADV_COLLAPSE
  *   nohuge ID LENGTH                    MADV_NOHUGEPAGE
  *   lock ID LENGTH                      mlock
+ *   replace ID FIRST COUNT              maps anonymous memory over pages
+ *   track ID LENGTH                     registers LENGTH bytes for asynchronous write protection; replies with the descriptor
+ *   close FD                            closes a descriptor
  *   mergeable ID LENGTH                 MADV_MERGEABLE on LENGTH bytes
  *   open ID PATH                        opens a descriptor with O_CLOEXEC, maps nothing
  *   exec ID                             executes this program again; no reply
@@ -28,12 +31,15 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -82,6 +88,22 @@ static long map_shifted(int id, const char *path, unsigned long offset, unsigned
         return -1;
     char *at = space + (huge - (unsigned long)space % huge) + PAGE;
     return map_at(at, id, path, offset, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED);
+}
+
+static long track(int id, unsigned long length) {
+    /* UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC */
+    struct uffdio_api api = {.api = UFFD_API, .features = 1UL << 13 | 1UL << 15};
+    struct uffdio_register range = {.range = {(unsigned long)maps[id], length}, .mode = UFFDIO_REGISTER_MODE_WP};
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | 1 /* UFFD_USER_MODE_ONLY */);
+    if (fd < 0 || ioctl(fd, UFFDIO_API, &api) != 0 || ioctl(fd, UFFDIO_REGISTER, &range) != 0)
+        return -1;
+    return fd;
+}
+
+static long replace(int id, unsigned long first, unsigned long count) {
+    void *at = mmap((void *)(maps[id] + first * PAGE), count * PAGE, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    return at == MAP_FAILED ? -1 : 0;
 }
 
 static int stay(void *parent) {
@@ -190,6 +212,12 @@ int main(void) {
             reply(madvise((void *)(maps[id] + a * PAGE), b * PAGE, MADV_COLLAPSE));
         } else if (strcmp(word, "nohuge") == 0 && sscanf(line + used, "%lu", &a) == 1) {
             reply(madvise((void *)maps[id], a, MADV_NOHUGEPAGE));
+        } else if (strcmp(word, "replace") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
+            reply(replace(id, a, b));
+        } else if (strcmp(word, "track") == 0 && sscanf(line + used, "%lu", &a) == 1) {
+            reply(track(id, a));
+        } else if (strcmp(word, "close") == 0) {
+            reply(close(id));
         } else if (strcmp(word, "lock") == 0 && sscanf(line + used, "%lu", &a) == 1) {
             reply(mlock((void *)maps[id], a));
         } else if (strcmp(word, "mergeable") == 0 && sscanf(line + used, "%lu", &a) == 1) {

@@ -3,6 +3,7 @@
 mod balloon;
 mod capture;
 mod damage;
+mod page_faults;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -13,7 +13,8 @@ use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
-use crate::clones::find::{self, CloneProcess};
+use crate::clones::find::handlers::{self, Handler, Served};
+use crate::clones::find::{self, CloneProcess, DeadMount};
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Ending, Entry};
 use crate::control;
@@ -55,6 +56,9 @@ struct Row {
     /// How the clone's process ended, if it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     ended: Option<Ended>,
+    /// The processes that a page-fault handler serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serves: Option<Vec<Served>>,
 }
 
 /// How a clone's process ended.
@@ -104,6 +108,7 @@ impl Row {
             labels: entry.labels.clone(),
             ports: entry.ports.clone(),
             ended: if state == "ended" { Ended::of(entry) } else { None },
+            serves: None,
         }
     }
 
@@ -121,7 +126,24 @@ impl Row {
             labels: BTreeMap::new(),
             ports: BTreeMap::new(),
             ended: None,
+            serves: None,
         })
+    }
+
+    fn of_handler(handler: Handler) -> Row {
+        Row {
+            id: None,
+            pid: handler.pid,
+            state: "running",
+            kind: "page-faults",
+            reference: None,
+            digest: handler.digest.to_string(),
+            created: None,
+            dir: None,
+            ports: BTreeMap::new(),
+            ended: None,
+            serves: Some(handler.serves),
+        }
     }
 }
 
@@ -131,6 +153,8 @@ struct PsReport {
     unseen: Vec<u32>,
     /// Errors of records that cannot be used; each may belong to a clone.
     unread: Vec<String>,
+    /// Mounts whose supervisor and server are dead.
+    dead_mounts: Vec<DeadMount>,
     ids: bool,
 }
 
@@ -173,6 +197,9 @@ impl Report for PsReport {
         }
         if !self.unread.is_empty() {
             all["unread"] = json!(self.unread);
+        }
+        if !self.dead_mounts.is_empty() {
+            all["dead_mounts"] = to_json(&self.dead_mounts);
         }
         all
     }
@@ -218,22 +245,30 @@ pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
     let mut rows: Vec<Row> = shown.map(|entry| Row::of(entry, &trees)).collect();
     let ours: HashSet<ProcessId> = entries.iter().flat_map(|entry| trees.of(entry)).collect();
     let mut unseen = vec![];
-    let mounts = control::mounts().map(|mut mounts| {
+    let mut dead_mounts = vec![];
+    let mounts = control::mounts_and_dead().map(|mut mounts| {
         mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
         mounts
     });
-    match mounts.and_then(|mounts| find::template_mappings(&mounts)) {
-        Ok(others) => {
+    match mounts.and_then(|mounts| Ok((find::template_mappings(&mounts)?, mounts))) {
+        Ok((mut others, mounts)) => {
+            dead_mounts = DeadMount::of(&mounts, others.clones.iter());
+            for dead in &dead_mounts {
+                log::warn!("{}: {}", dead.describe(), dead.remedy);
+            }
             if let Some(holes) = others.holes() {
                 log::warn!("{holes}");
             }
             unseen = others.unseen.pids();
-            rows.extend(others.clones.iter().filter_map(|clone| {
-                if clone.processes().any(|its| ours.contains(&its)) { None } else { Row::of_other(clone) }
-            }));
+            others.clones.retain(|clone| !clone.processes().any(|its| ours.contains(&its)));
+            for handler in handlers::take_out(&mut others.clones, |_| true)? {
+                log::warn!("{}", handler.describe());
+                rows.push(Row::of_handler(handler));
+            }
+            rows.extend(others.clones.iter().filter_map(Row::of_other));
         }
         // A user who cannot inspect the processes of others still gets the recorded clones.
         Err(error) => log::warn!("cannot list other processes: {error}"),
     }
-    Ok(Done::report(PsReport { rows, unseen, unread, ids: args.ids || global.quiet }))
+    Ok(Done::report(PsReport { rows, unseen, unread, dead_mounts, ids: args.ids || global.quiet }))
 }

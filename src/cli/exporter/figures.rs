@@ -158,9 +158,13 @@ pub fn collect(subject: Subject, per_clone: u32, global: &Global) -> Value {
 
 fn clones(per_clone: u32, global: &Global) -> Result<ClonesFigures> {
     let filter = StoreFilter::of(global)?;
-    let mut mounts = control::every_mount()?;
+    let control::Listing { mut mounts, dead, unread } = control::list()?;
+    if let Some(error) = unread.into_iter().next() {
+        return Err(error);
+    }
+    mounts.extend(control::with_store(dead));
     mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
-    let Density { templates, clones, totals } = accounting::survey(&mounts, None)?.density;
+    let Density { templates, clones, totals, .. } = accounting::survey(&mounts, None)?.density;
     let mut sums: BTreeMap<Digest, Memory> = BTreeMap::new();
     for clone in &clones {
         sums.entry(clone.digest).or_default().add(&clone.memory);
@@ -250,7 +254,7 @@ fn mounts(global: &Global) -> Result<MountsFigures> {
         mountpoint: path_text(&mount.mountpoint).into_owned(),
         store: path_text(&mount.store).into_owned(),
         device: mount.device,
-        detached: false,
+        detached: mount.detached,
         status: None,
         has_templates: false,
         pending: None,

@@ -15,6 +15,7 @@ use crate::cli::Global;
 use crate::cli::mount::stuck::{self, Stuck};
 use crate::cli::output::{Done, Report, to_json};
 use crate::clones::counted;
+use crate::clones::find::{self, DeadMount};
 use crate::control::{self, Listing};
 use crate::error::{Code, Error, Result};
 use crate::store::Store;
@@ -328,8 +329,14 @@ fn unread_mount(error: &Error) -> Check {
 fn mounts(listing: &Listing) -> Vec<Check> {
     let mut checks: Vec<Check> = listing.unread.iter().map(unread_mount).collect();
     for dead in &listing.dead {
-        let remedy = dead.error().hint_text().unwrap_or_default().to_owned();
-        checks.push(Check::note("mount", dead.error().to_string(), &remedy));
+        let error = dead.lost_both();
+        let one = control::with_store(vec![dead.clone()]);
+        let clones = find::template_mappings(&one).map(|found| DeadMount::of(&one, found.clones.iter()));
+        let found = match clones.as_deref() {
+            Ok([dead]) => dead.describe(),
+            _ => error.to_string(),
+        };
+        checks.push(Check::note("mount", found, error.hint_text().unwrap_or_default()));
     }
     for living in &listing.mounts {
         let place = living.mountpoint.display();

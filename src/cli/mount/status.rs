@@ -14,8 +14,8 @@ use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
 use crate::clones::counted;
-use crate::clones::find::{self, CloneProcess};
-use crate::control::{self, DeadMount, FileStatus, Mount, MountStatus, Served};
+use crate::clones::find::{self, CloneProcess, DeadMount, handlers};
+use crate::control::{self, FileStatus, Mount, MountStatus, Served};
 use crate::error::{Code, Error, Result};
 use crate::sanitize::{sanitize, utc};
 use crate::store::Store;
@@ -67,6 +67,9 @@ struct Unresponsive {
     /// `None` if the mount never had a log.
     #[serde(serialize_with = "crate::sanitize::optional_path")]
     log: Option<PathBuf>,
+    /// Number of clones of a dead mount; not given if its store cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clones: Option<u64>,
     error: String,
     remedy: String,
 }
@@ -96,7 +99,8 @@ impl Unresponsive {
         Unresponsive {
             state: State::NoAnswer,
             server_pid: mount.server_pid,
-            log: Some(mount.dir.join(control::LOG_FILE)).filter(|log| log.is_file()),
+            log: mount.log(),
+            clones: None,
             error,
             remedy,
             mountpoint: mount.mountpoint.clone(),
@@ -113,16 +117,15 @@ impl Unresponsive {
         }
     }
 
-    fn dead(mount: DeadMount) -> Unresponsive {
-        let error = mount.error();
+    /// `with_clones` are the dead mounts whose clones are known.
+    fn dead(mount: &Mount, with_clones: &[DeadMount]) -> Unresponsive {
+        let error = mount.lost_both();
+        let clones = with_clones.iter().find(|dead| dead.device == mount.device);
         Unresponsive {
             state: State::Dead,
-            server_pid: None,
+            clones: clones.map(|dead| dead.clones),
             error: error.message().to_owned(),
-            remedy: error.hint_text().unwrap_or_default().to_owned(),
-            mountpoint: mount.mountpoint,
-            store: mount.store,
-            log: mount.log,
+            ..Unresponsive::new(mount, &error)
         }
     }
 }
@@ -140,6 +143,10 @@ impl Report for Status {
         }
         for silent in &self.silent {
             writeln!(out, "{}: {}", silent.mountpoint.display(), silent.error)?;
+            if let Some(clones) = silent.clones {
+                let map = if clones == 1 { "maps" } else { "map" };
+                writeln!(out, "  {} still {map} its templates", counted(clones, "clone", "clones"))?;
+            }
             writeln!(out, "  hint: {}", silent.remedy)?;
             log_line(silent.log.as_deref(), out)?;
         }
@@ -283,16 +290,19 @@ pub fn run(_args: &StatusArgs, global: &Global) -> Result<Done> {
     mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
     dead.retain(|mount| filter.has(&mount.store, &mount.store_id));
     let unread = unread.iter().map(ToString::to_string).collect();
-    let silent = dead.into_iter().map(Unresponsive::dead).collect();
-    let mut status = Status { mounts: Vec::new(), silent, unread, unseen: Vec::new() };
+    let mut status = Status { mounts: Vec::new(), silent: Vec::new(), unread, unseen: Vec::new() };
     let store_errors: Vec<Option<String>> = mounts.iter().map(store_error).collect();
-    let present: Vec<Mount> =
+    let mut present: Vec<Mount> =
         mounts.iter().zip(&store_errors).filter(|(_, e)| e.is_none()).map(|(m, _)| m.clone()).collect();
-    let search = find::template_mappings(&present)?;
+    present.extend(control::with_store(dead.clone()));
+    let mut search = find::template_mappings(&present)?;
+    handlers::take_out(&mut search.clones, |_| true)?;
     if let Some(holes) = search.holes() {
         log::warn!("{holes}");
     }
     status.unseen = search.unseen.pids();
+    let with_clones = DeadMount::of(&present, search.clones.iter());
+    status.silent = dead.iter().map(|mount| Unresponsive::dead(mount, &with_clones)).collect();
     let mut indexes = 0..;
     for (mount, store_error) in mounts.into_iter().zip(store_errors) {
         let index = if store_error.is_none() { indexes.next() } else { None };

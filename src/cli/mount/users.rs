@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::clones::counted;
+use crate::clones::find::handlers::{self, Served};
 use crate::error::Result;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 
@@ -13,6 +14,9 @@ pub struct User {
     name: String,
     /// True if the process maps a file; false if the process only has files open.
     pub maps: bool,
+    /// The processes whose page faults this process handles.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    serves: Vec<Served>,
 }
 
 /// The processes that use a mount.
@@ -33,9 +37,18 @@ impl Users {
     pub fn of(device: u64, own: &[Option<u32>]) -> Result<Users> {
         let users = holders::users_of(device, SCAN_TIMEOUT)?;
         let is_foreign = |pid: u32| !own.contains(&Some(pid));
-        let user = |u: holders::User| User { pid: u.pid, name: u.name, maps: !u.mapped.is_empty() };
+        let user = |u: holders::User| -> Result<User> {
+            let maps = !u.mapped.is_empty();
+            let serves = if maps {
+                handlers::served_by(u.pid, |dev, _| dev == device)?.unwrap_or_default()
+            } else {
+                vec![]
+            };
+            Ok(User { pid: u.pid, name: u.name, maps, serves })
+        };
+        let found = users.found.into_iter().filter(|u| is_foreign(u.pid));
         Ok(Users {
-            found: users.found.into_iter().filter(|u| is_foreign(u.pid)).map(user).collect(),
+            found: found.map(user).collect::<Result<_>>()?,
             unseen: users.unseen.pids().into_iter().filter(|&pid| is_foreign(pid)).collect(),
         })
     }
@@ -63,7 +76,12 @@ impl Users {
 
 /// Formats the users as one line.
 pub fn list(found: &[User]) -> String {
-    holders::list(found.iter().map(|u| (u.pid, u.name.as_str())))
+    let name = |user: &User| match handlers::served_list(&user.serves) {
+        None => user.name.clone(),
+        Some(served) => format!("{}, handles page faults of {served}", user.name),
+    };
+    let named: Vec<(u32, String)> = found.iter().map(|user| (user.pid, name(user))).collect();
+    holders::list(named.iter().map(|(pid, name)| (*pid, name.as_str())))
 }
 
 /// Describes processes that could not be inspected.

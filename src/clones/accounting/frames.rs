@@ -149,13 +149,13 @@ pub(super) fn count(pagemap: &Pagemap, ranges: &[Range<u64>], shared: Shared) ->
             read(std::slice::from_ref(&(address..address + PAGE_SIZE)), &mut moving)?;
         }
     }
-    if hidden {
-        return Err(Error::failed(
-            "the kernel hides page frame numbers, so frames that clones share cannot be counted once",
-        )
-        .hint("run the command as root (CAP_SYS_ADMIN)"));
-    }
-    Ok(counted)
+    if hidden { Err(hidden_frames()) } else { Ok(counted) }
+}
+
+/// Returns the error of a pagemap without frame numbers.
+pub(super) fn hidden_frames() -> Error {
+    Error::failed("the kernel hides page frame numbers, so frames that clones share cannot be counted once")
+        .hint("run the command as root (CAP_SYS_ADMIN)")
 }
 
 /// Returns which pages of each clone another clone may have too.

@@ -1,20 +1,21 @@
 //! The RAM that the clones of a template share: the page cache of the template's inodes and backings.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use super::frames;
 use crate::clones::find::{CloneProcess, Inodes, ServedFile};
-use crate::control::{Mount, Residency, Served};
-use crate::error::{Error, Result};
+use crate::control::{BackingKind, Mount, Residency, Served};
+use crate::error::{Code, Error, Result};
 use crate::store::{Digest, Serving, StorePath};
 use crate::sys::files::file_handle;
 use crate::sys::memory::cachestat;
 use crate::sys::memory::mapping::{Advice, Mapping, Request};
 use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::process::{procfs, tasks};
-use crate::units::Bytes;
+use crate::units::{Bytes, PageCount};
 
 /// One file of a template in the page cache. Each mount has its own page cache, so the sizes add up.
 #[derive(Debug, Clone)]
@@ -58,7 +59,40 @@ pub fn resident(
             Ok(())
         },
     )?;
+    for ((digest, file, served), frames) in mapped_of_dead(mounts, clones)? {
+        let bytes = PageCount::new(frames.len() as u64).bytes();
+        resident.push(Resident { digest, file, served, bytes });
+    }
     Ok(resident)
+}
+
+/// Returns the frames of template pages that clones map through dead mounts. Nothing answers an open of a file there, so
+/// of the page cache only the pages in page tables are known.
+fn mapped_of_dead(
+    mounts: &[Mount],
+    clones: &[&CloneProcess],
+) -> Result<BTreeMap<(Digest, String, Served), HashSet<u64>>> {
+    let mut found: BTreeMap<_, HashSet<u64>> = BTreeMap::new();
+    let mut hidden = false;
+    for clone in clones {
+        for map in clone.maps.iter().filter(|map| !map.anonymous && mounts[map.mount].is_dead()) {
+            let served = Served::of(map.serving, BackingKind::Copy);
+            let frames = found.entry((map.digest, map.file.clone(), served)).or_default();
+            let read = Pagemap::open(clone.pid).and_then(|pagemap| {
+                pagemap.each_entry(map.range(), |_, entry| {
+                    if entry.is_present() && entry.is_file() {
+                        hidden |= entry.frame().is_none();
+                        frames.extend(entry.frame());
+                    }
+                })
+            });
+            match read {
+                Err(error) if error.code() == Code::NotFound => {}
+                read => read?,
+            }
+        }
+    }
+    if hidden { Err(frames::hidden_frames()) } else { Ok(found) }
 }
 
 /// Returns the passthrough backings of all mounts, each with the index of its mount. The daemons that have the backings
@@ -74,7 +108,8 @@ pub fn backings(mounts: &[Mount]) -> Result<Vec<(usize, Residency)>> {
     Ok(all)
 }
 
-/// Calls `each` with every wanted inode of the mounts that is now in the kernel's inode cache, opened.
+/// Calls `each` with every wanted inode of the mounts that is now in the kernel's inode cache, opened. Leaves out dead
+/// mounts.
 ///
 /// # Errors
 /// Returns an error if an inode cannot be opened, and every error of `each`.
@@ -87,7 +122,7 @@ pub fn each_inode(
 ) -> Result<()> {
     let mapped = one_mapping_of_each(clones);
     let roots: Vec<Option<File>> = mounts.iter().map(root_of).collect();
-    for (ino, file) in inodes.iter().filter(|(_, file)| wanted(file)) {
+    for (ino, file) in inodes.iter().filter(|(_, file)| !mounts[file.mount].is_dead() && wanted(file)) {
         let dev = mounts[file.mount].device;
         let opened = match (&roots[file.mount], mapped.get(&(dev, ino))) {
             (Some(root), _) => file_handle::open_fuse_inode(root, ino)?,
@@ -136,7 +171,7 @@ pub fn each_page(file: &File, mut each: impl FnMut(u64, u64)) -> Result<()> {
 /// Opens the root of a mount, if the mount is still at its mountpoint.
 fn root_of(mount: &Mount) -> Option<File> {
     use std::os::unix::fs::MetadataExt;
-    if mount.detached {
+    if mount.detached || mount.is_dead() {
         return None;
     }
     let root = File::open(&mount.mountpoint).ok()?;

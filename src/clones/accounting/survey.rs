@@ -8,13 +8,14 @@ use serde::Serialize;
 
 use super::frames::{self, Distinct};
 use super::process::{CloneMemory, Measured, measure};
-use super::records::{Records, record_of, records_by_process};
+use super::records::{Records, is_simulated, record_of, records_by_process};
 use super::shares::{Parts, Shares};
 use super::templates::{TemplateMemory, Templates};
 use super::totals::{self, Copied, Totals};
 use super::{disks, residency};
 use crate::clones::baseline::Baseline;
-use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
+use crate::clones::find::handlers::{self, Handler};
+use crate::clones::find::{self, CloneProcess, DeadMount, Inodes, TemplateMapping};
 use crate::clones::registry;
 use crate::clones::zero_memory::ZeroMemory;
 use crate::control::{Mount, Residency};
@@ -63,6 +64,12 @@ pub struct Density {
     pub clones: Vec<CloneRow>,
     /// Sums over all clones.
     pub totals: Totals,
+    /// Page-fault handlers, which map templates and are no clones.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub handlers: Vec<Handler>,
+    /// Mounts whose supervisor and server are dead. Of the page cache of their templates, the pages in page tables count.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dead_mounts: Vec<DeadMount>,
 }
 
 /// A measurement and its inputs, for the audit.
@@ -96,6 +103,7 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     }
     let entries = registry::list()?;
     let records = records_by_process(&entries);
+    let handlers = handlers::take_out(&mut found, |clone| !is_simulated(clone, &records))?;
     let mut clones = measure_all(found, &inodes, &records)?;
     disks::add(&mut clones, &entries)?;
     let mut templates = Templates::of(mounts, only)?;
@@ -104,7 +112,9 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     templates.add_residency(&residency::resident(mounts, &backings, &inodes, &processes)?);
     templates.add_clones(&processes, &backings);
     let metadata: Bytes = backings.iter().map(|(_, backing)| backing.metadata_bytes).sum();
-    let store_cache_bytes = templates.store_cache()? + residency::daemons(mounts)? + metadata;
+    let servers =
+        residency::daemons(mounts)? + handlers.iter().map(|handler| handler.memory_bytes).sum::<Bytes>();
+    let store_cache_bytes = templates.store_cache()? + servers + metadata;
     let page_table_bytes = totals::kvm_tables(&clones, &records)?;
     let common = Parts { store_cache_bytes, page_table_bytes, ..Parts::default() };
     let shares = Shares::new(own_parts(&clones), &templates.pages(&processes), common);
@@ -114,7 +124,8 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &records)).collect();
     let baseline = baseline(&clones, &records);
     let (templates, opened) = templates.into_rows();
-    let density = Density { templates, clones: rows, totals };
+    let dead_mounts = DeadMount::of(mounts, clones.iter().map(|(clone, _)| clone));
+    let density = Density { templates, clones: rows, totals, handlers, dead_mounts };
     Ok(Survey { density, shares, clones, inodes, opened, backings, baseline })
 }
 
@@ -157,12 +168,13 @@ fn measure_all(
     Ok(results.into_iter().map(|(_, clone)| clone).collect())
 }
 
-/// Returns the baseline that all of these clones have in common. Two launches that started at the same time may both
-/// have a baseline; then neither baseline excludes the clones of the other launch.
+/// Returns the baseline that all of these clones have in common, if all of them started later: the memory of an older
+/// process is a part of the baseline.
 fn baseline(clones: &[(CloneProcess, Measured)], records: &Records) -> Option<Baseline> {
     let mut of_clones = clones.iter().filter_map(|(clone, _)| record_of(clone, records)?.baseline);
     let first = of_clones.next()?;
-    of_clones.all(|other| other == first).then_some(first)
+    let is_common = of_clones.all(|other| other == first);
+    (is_common && clones.iter().all(|(clone, _)| first.is_before(clone.identity))).then_some(first)
 }
 
 fn row(clone: &CloneProcess, measured: &Measured, records: &Records) -> CloneRow {

@@ -21,7 +21,7 @@ use std::sync::atomic::AtomicU32;
 use crate::clones::baseline::Baseline;
 use crate::clones::capture;
 use crate::clones::find;
-use crate::clones::registry::{self, Kind, Launch};
+use crate::clones::registry::{self, Entry, Kind, Launch};
 use crate::clones::vmm_api::Server;
 use crate::control;
 use crate::error::Result;
@@ -45,6 +45,8 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
     let watchdog = launch_watchdog::start(&launch)?;
     launch.set_watchdog(watchdog.process()?);
     launch.start()?;
+    // Clones that end after the baseline would have a part in it.
+    let was_idle = has_no_clones(&launch);
     // The baseline is taken before the zygote starts: the clones share pages with the zygote, so its memory belongs to
     // the launch.
     let before = Baseline::now();
@@ -53,7 +55,8 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
         How::Simulated(simulate) => simulated_launch::start(order, simulate).map(Some),
         _ => Ok(None),
     };
-    let baseline = is_idle().and_then(|idle| idle.then_some(before).transpose());
+    let is_idle = was_idle.and_then(|was_idle| Ok(was_idle && is_idle(&launch)?));
+    let baseline = is_idle.and_then(|idle| idle.then_some(before).transpose());
     launch.set_baseline(baseline.unwrap_or_else(|error| {
         log::warn!("no baseline of available memory for `stencil density --audit`: {error}");
         None
@@ -78,13 +81,17 @@ pub fn launch(order: &LaunchRequest<'_>, progress: &dyn Progress) -> Result<Laun
     }
 }
 
-/// Returns true if there are no clones that already use memory.
-fn is_idle() -> Result<bool> {
+/// Returns true if no record has a clone that is alive, and no other launch is in progress.
+fn has_no_clones(launch: &Launch) -> Result<bool> {
     // A process of a command may map nothing.
-    if registry::list()?.iter().any(|entry| entry.kind != Kind::Command && entry.is_alive()) {
-        return Ok(false);
-    }
-    Ok(find::template_mappings(&control::mounts()?)?.complete()?.is_empty())
+    let is_clone = |entry: &Entry| entry.kind != Kind::Command && entry.is_alive();
+    Ok(launch.is_alone()? && !registry::list()?.iter().any(is_clone))
+}
+
+/// Returns true if there are no clones that already use memory.
+fn is_idle(launch: &Launch) -> Result<bool> {
+    Ok(has_no_clones(launch)?
+        && find::template_mappings(&control::mounts_and_dead()?)?.complete()?.is_empty())
 }
 
 fn gather(

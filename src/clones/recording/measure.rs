@@ -68,7 +68,7 @@ impl Measuring {
         let survey = accounting::survey(mounts, None)?;
         let host = HostMemory(meminfo(&procfs::read_text(Path::new("/proc/meminfo"))?));
         let clones = self.clones(&survey)?;
-        let reasons = with_reasons.then(|| accounting::reasons(&survey)).transpose()?;
+        let reasons = with_reasons.then(|| accounting::reasons(mounts, &survey)).transpose()?;
         let stores: BTreeSet<&String> = mounts.iter().map(|mount| &mount.store_id).collect();
         Ok(Sample {
             time,

@@ -106,6 +106,17 @@ impl Launch {
         Ok(())
     }
 
+    /// Returns true if no other launch is in progress.
+    ///
+    /// # Errors
+    /// Returns an error if the markers of launches cannot be read.
+    pub fn is_alone(&self) -> Result<bool> {
+        let Some(all) = runtime::open(LAUNCHES)? else { return Ok(true) };
+        let names =
+            all.names().map_err(|e| Error::io("cannot read the markers of launches", all.path(), e))?;
+        Ok(names.iter().all(|name| name.to_str() == Some(&self.id)))
+    }
+
     /// Sets the free memory of the host before the first clone.
     pub fn set_baseline(&mut self, baseline: Option<Baseline>) {
         self.baseline = baseline;

@@ -3,19 +3,20 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::registry::{LOG_FILE, MOUNTS, Mount, Record, RecordDir};
+use super::registry::{MOUNTS, Mount, Record, RecordDir};
 use crate::control::runtime::{self, is_plain_name, runtime_dir, trusted_folder};
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::sys::files::directory::Directory;
 use crate::sys::files::mount;
+use crate::sys::fuse::control_fs::Waiting;
 use crate::sys::probe;
 use crate::sys::process::ProcessId;
 use crate::sys::process::procfs;
@@ -28,25 +29,10 @@ const RECORD_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Listing {
     /// Mounts whose supervisor or server is alive, sorted by mountpoint; lazily unmounted ones too.
     pub mounts: Vec<Mount>,
-    /// Mounts in the mount table whose supervisor and server are dead.
-    pub dead: Vec<DeadMount>,
+    /// Mounts whose supervisor and server are dead, in the mount table or used by a process.
+    pub dead: Vec<Mount>,
     /// Errors of records that could not be read.
     pub unread: Vec<Error>,
-}
-
-/// A mount in the mount table without a live supervisor or server.
-#[derive(Debug, Clone)]
-pub struct DeadMount {
-    /// Mountpoint.
-    pub mountpoint: PathBuf,
-    /// Path of the store that it served.
-    pub store: PathBuf,
-    /// Identity of that store.
-    pub store_id: String,
-    /// `st_dev` of its files.
-    pub device: u64,
-    /// Path of the log, if there is one.
-    pub log: Option<PathBuf>,
 }
 
 /// Returns the readable mounts of a store, whichever path of the store was mounted: a bind mount, for example, gives
@@ -91,7 +77,7 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
             return Ok(only(all, store));
         };
         if let Some(dead) = dead.iter().find(|dead| dead.device == stranger.dev) {
-            return Err(dead.error());
+            return Err(dead.lost_both());
         }
         if Instant::now() > until {
             return Err(Error::try_again("a mount of the store has no record in this runtime directory")
@@ -107,21 +93,22 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
     }
 }
 
-impl DeadMount {
+impl Mount {
     /// Returns the error that reports the dead mount and the remedy.
-    pub fn error(&self) -> Error {
+    pub fn lost_both(&self) -> Error {
         let place = self.mountpoint.display();
         Error::try_again("the mount is dead: its supervisor and its server have exited")
             .at(&self.mountpoint)
-            .hint(format!(
-                "run 'stencil --store {} mount {place}' with the options of that mount to mount the store again, or \
-                 'stencil umount {place}' to unmount",
-                self.store.display()
-            ))
+            .hint(match self.detached {
+                true => "end the processes that 'stencil ps' lists: the detached mount ends with the last one".to_owned(),
+                false => format!(
+                    "run 'stencil --store {} mount {place}' with the options of that mount to mount the store again, or \
+                     'stencil umount {place}' to unmount",
+                    self.store.display()
+                ),
+            })
     }
-}
 
-impl Mount {
     /// Returns the error that reports the dead supervisor and the remedy.
     pub fn lost_supervisor(&self) -> Error {
         let place = self.mountpoint.display();
@@ -183,6 +170,30 @@ pub fn mounts() -> Result<Vec<Mount>> {
     Ok(listing.mounts)
 }
 
+/// Same as [`mounts`], with the dead mounts behind the others: their clones can be found by the mappings.
+///
+/// # Errors
+/// Same as [`mounts`].
+pub fn mounts_and_dead() -> Result<Vec<Mount>> {
+    let Listing { mut mounts, dead, unread } = list()?;
+    unread.iter().for_each(|error| log::warn!("{error}"));
+    mounts.extend(with_store(dead));
+    Ok(mounts)
+}
+
+/// Returns the dead mounts whose store can be read. Logs the others: their clones are unknown.
+pub fn with_store(mut dead: Vec<Mount>) -> Vec<Mount> {
+    dead.retain(|mount| match Store::open(&mount.store) {
+        Ok(store) if store.id() == mount.store_id => true,
+        opened => {
+            let why = opened.map_or_else(|e| e.to_string(), |_| "another store is at its path".to_owned());
+            log::warn!("the clones of the dead mount {} are unknown: {why}", mount.mountpoint.display());
+            false
+        }
+    });
+    dead
+}
+
 /// Same as [`mounts`], for callers that must see all mounts.
 ///
 /// # Errors
@@ -228,49 +239,57 @@ pub fn list() -> Result<Listing> {
         let taken_over = lost && is_locked(&folder);
         let place = table.iter().rfind(|line| line.dev == record.device);
         if lost && !taken_over && server.is_none() {
-            match place {
-                Some(line) if line.fs_type == mount::FS_TYPE && line.mountpoint == record.mountpoint => {
-                    dead.push((folder, record));
-                    continue;
-                }
-                _ => {
-                    RecordDir::remove_dead(folder);
-                    continue;
-                }
+            let exists = match place {
+                Some(line) => line.fs_type == mount::FS_TYPE && line.mountpoint == record.mountpoint,
+                // A detached mount keeps its connection while a process uses its files.
+                None => Waiting::of(record.device).is_ok(),
+            };
+            match exists {
+                true => dead.push((dead_mount(&folder, record, place.is_none()), folder)),
+                false => RecordDir::remove_dead(folder),
             }
+            continue;
         }
         listing.mounts.push(Mount {
-            dir: all.path_of(&name),
-            mountpoint: record.mountpoint,
-            store: record.store,
-            store_id: record.store_id,
-            device: record.device,
-            supervisor_pid: record.supervisor_pid,
             server_pid: server,
-            detached: place.is_none(),
             orphaned: !supervisor && !taken_over,
             foreign,
-            identities: [record.ledger, record.program],
+            ..dead_mount(&folder, record, place.is_none())
         });
     }
     // The kernel reuses device numbers: the newest of several records belongs to the mount.
-    dead.sort_by_key(|(folder, _)| {
+    dead.sort_by_key(|(_, folder): &(Mount, Directory)| {
         std::cmp::Reverse(folder.own_metadata().map_or((0, 0), |stat| (stat.st_ctime, stat.st_ctime_nsec)))
     });
-    for (folder, record) in dead {
-        let known = |device| device == record.device;
+    for (mount, folder) in dead {
+        let known = |device| device == mount.device;
         if listing.mounts.iter().any(|living| known(living.device))
             || listing.dead.iter().any(|newer| known(newer.device))
         {
             RecordDir::remove_dead(folder);
             continue;
         }
-        let log = folder.has(LOG_FILE).then(|| folder.path_of(LOG_FILE));
-        let Record { mountpoint, store, store_id, device, .. } = record;
-        listing.dead.push(DeadMount { mountpoint, store, store_id, device, log });
+        listing.dead.push(mount);
     }
     listing.mounts.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
     Ok(listing)
+}
+
+/// Returns the mount of a record, as if its processes were dead.
+fn dead_mount(folder: &Directory, record: Record, detached: bool) -> Mount {
+    Mount {
+        dir: folder.path().to_owned(),
+        mountpoint: record.mountpoint,
+        store: record.store,
+        store_id: record.store_id,
+        device: record.device,
+        supervisor_pid: record.supervisor_pid,
+        server_pid: None,
+        detached,
+        orphaned: true,
+        foreign: false,
+        identities: [record.ledger, record.program],
+    }
 }
 
 fn read_record(all: &Directory, name: &Path) -> io::Result<Option<(Directory, Record)>> {

@@ -55,7 +55,7 @@ pub struct Record {
     pub pid_namespace: Option<u64>,
 }
 
-/// A mount with a live supervisor or server.
+/// A mount, usually with a live supervisor or server.
 #[derive(Debug, Clone)]
 pub struct Mount {
     /// Mountpoint; after a lazy unmount, the former one.
@@ -72,7 +72,7 @@ pub struct Mount {
     pub server_pid: Option<u32>,
     /// True after a lazy unmount.
     pub detached: bool,
-    /// True if the supervisor is dead and only the server is left.
+    /// True if the supervisor is dead.
     pub orphaned: bool,
     /// True if supervisor and server run in another PID namespace: their PIDs mean nothing here, and clones may be
     /// invisible.
@@ -96,6 +96,16 @@ pub struct RecordDir {
 }
 
 impl Mount {
+    /// Returns true if supervisor and server are dead. No request to its files may be made: nothing answers.
+    pub fn is_dead(&self) -> bool {
+        self.orphaned && !self.foreign && self.server_pid.is_none()
+    }
+
+    /// Returns the path of the log, if there is one.
+    pub fn log(&self) -> Option<PathBuf> {
+        Some(self.dir.join(LOG_FILE)).filter(|log| log.is_file())
+    }
+
     /// Returns the PIDs of supervisor and server, if they are alive and in this PID namespace.
     pub fn processes(&self) -> [Option<u32>; 2] {
         let supervisor = (!self.orphaned && !self.foreign).then_some(self.supervisor_pid);

@@ -33,6 +33,8 @@ impl Mount {
     /// supervisor does not reply or the kernel cannot report the page cache.
     pub fn residency(&self) -> Result<Vec<Residency>> {
         let mut files = match self.orphaned {
+            // The page cache of a backing without a process that has it open cannot be measured.
+            true if self.is_dead() => Vec::new(),
             // The mount has ended. Its record is kept, because this process cannot know whether the PID namespace of
             // the record has ended too.
             true if self.foreign && self.is_over() => Vec::new(),

@@ -19,3 +19,4 @@ pub mod pagemap;
 pub mod process_memory;
 #[cfg(feature = "internals")]
 pub mod smaps;
+pub mod userfault;

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::time::Duration;
 
 use rustix::process::Signal;
+use serde_json::json;
 use stencilfs::sys::process::ProcessId;
 
 use crate::failover::restart::{IMAGE, Load};
@@ -100,7 +101,12 @@ fn mounting_again_recovers_a_mount_with_killed_daemons() {
         assert_eq!(File::open(&path).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
         world.mount(&["--serve", serve]).ok();
         assert!(fs::read(&path).unwrap() == IMAGE.bytes(), "new opens are served");
-        assert_eq!(world.json(&["status"])["mounts"].as_array().unwrap().len(), 1);
+        let status = world.status_of_all();
+        assert_eq!(status["mounts"].as_array().unwrap().len(), 1);
+        assert_eq!(
+            (&status["silent"][0]["state"], &status["silent"][0]["clones"]),
+            (&json!("dead"), &json!(1))
+        );
         // The old FUSE connection cannot be recovered, but passthrough mappings do not need it.
         assert_eq!(clone.tell("hash 0 3"), IMAGE.hash(3));
         if serve == "passthrough" {

@@ -75,12 +75,18 @@ pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
             .hint("run 'stencil density --audit' without the template"));
     }
     let filter = StoreFilter::of(global)?;
-    let mut mounts = control::mounts()?;
+    let mut mounts = control::mounts_and_dead()?;
     if !args.audit {
         mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
     }
     let only = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
     let survey = accounting::survey(&mounts, only.as_ref())?;
+    for dead in &survey.density.dead_mounts {
+        log::warn!("{}: {}", dead.describe(), dead.remedy);
+    }
+    for handler in &survey.density.handlers {
+        log::warn!("{}; neither is counted as a clone", handler.describe());
+    }
     let audit = args.audit.then(|| audit::audit(&mounts, &survey)).transpose()?;
     let explanation = args.why.then(|| Explanation::new(&mounts, &survey)).transpose()?;
     let headroom = Headroom::now(&survey.density.totals)?;

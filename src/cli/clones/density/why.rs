@@ -44,6 +44,7 @@ impl Explanation {
         for mount in mounts {
             let status = match mount.status() {
                 Ok(status) => status,
+                Err(_) if mount.is_dead() => continue,
                 Err(error) => {
                     log::warn!("{error}");
                     continue;

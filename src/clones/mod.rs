@@ -7,6 +7,7 @@ pub mod baseline;
 pub mod capacity;
 pub mod capture;
 pub mod check;
+pub mod epochs;
 pub mod find;
 mod helper_process;
 pub mod launch;

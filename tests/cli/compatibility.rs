@@ -100,6 +100,8 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     let sets = world.json(&["working-set", "ls", "web:1"]);
     let removed_set = world.json(&["working-set", "rm", "web:1"]);
     call(&["dirty", "--ranges"], &[&id]);
+    let marked = world.json(&["dirty", &id, "--mark"]);
+    let changed = world.json(&["dirty", &id, "--since", marked["epoch"].as_str().unwrap()]);
     // The fields of `ended` exist only for a clone that has ended.
     let pid = launched["clones"][0]["pid"].to_string();
     assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
@@ -140,6 +142,8 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     replies.insert("import --base", world.json(&["import", &of("diff"), "vm:2", "--base", "vm:1"]));
     fs::remove_dir_all(vm.join("diff")).unwrap();
     replies.insert("import DIRECTORIES", world.json(&["import", &vm.display().to_string(), "each"]));
+    replies.insert("dirty --mark", marked);
+    replies.insert("dirty --since", changed);
     replies.insert("density --audit", audited);
     replies.insert("density --why", explained);
     replies.insert("density --by", grouped);

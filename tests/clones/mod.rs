@@ -8,6 +8,7 @@ pub mod counted_once;
 pub mod density;
 pub mod dirty_exact;
 pub mod disks;
+pub mod epochs;
 pub mod jail;
 pub mod others;
 pub mod reasons;

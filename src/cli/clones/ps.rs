@@ -13,6 +13,7 @@ use crate::cli::columns::Column::{Number, Text};
 use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
+use crate::clones::epochs;
 use crate::clones::find::handlers::{self, Handler, Served};
 use crate::clones::find::{self, CloneProcess, DeadMount};
 use crate::clones::registry::process_tree::ProcessTrees;
@@ -228,6 +229,7 @@ pub(in crate::cli) fn age(seconds: u64) -> String {
 pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     registry::sweep().unwrap_or_else(|error| log::warn!("{error}"));
+    epochs::sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let (mut entries, unread) = registry::list_and_unread()?;
     unread.iter().for_each(|error| log::warn!("{error}"));
     let unread = unread.iter().map(ToString::to_string).collect();

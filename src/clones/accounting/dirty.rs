@@ -10,6 +10,7 @@ use crate::clones::find::{self, CloneProcess, Inodes, TemplateMapping};
 use crate::clones::zero_memory::ZeroMemory;
 use crate::control::Mount;
 use crate::error::Result;
+use crate::store::Digest;
 use crate::sys::memory::pagemap;
 use crate::units::{PAGE_SIZE, PageCount};
 
@@ -28,6 +29,9 @@ pub struct DirtyRange {
     pub swapped: bool,
     /// True if the process has mapped other memory over the template. Anonymous pages without a write contain zeros.
     pub replaced: bool,
+    /// The template.
+    #[serde(skip)]
+    pub digest: Digest,
 }
 
 /// Returns the dirty pages of one process in the order of their addresses; `None` if the process maps no template or
@@ -79,6 +83,7 @@ fn range(map: &TemplateMapping, addresses: &Range<u64>, swapped: bool, replaced:
         address: Some(addresses.start),
         swapped,
         replaced,
+        digest: map.digest,
     }
 }
 

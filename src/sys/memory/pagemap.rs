@@ -17,6 +17,7 @@ use crate::sys::process::{procfs, tasks};
 use crate::units::{Bytes, PAGE_SIZE};
 
 mod entry;
+mod written;
 
 pub use entry::Entry;
 
@@ -25,6 +26,10 @@ pub use entry::Entry;
 pub struct Categories(u64);
 
 impl Categories {
+    /// The mapping is registered with a userfaultfd for asynchronous write protection.
+    const WRITE_TRACKED: Categories = Categories(1);
+    /// The page is not write-protected by a userfaultfd.
+    const WRITTEN: Categories = Categories(2);
     /// The page belongs to a file or to shared memory.
     pub const FILE: Categories = Categories(4);
     /// The page is present in memory and in the page table.
@@ -68,6 +73,8 @@ pub struct Query {
     pub any: Categories,
     /// Categories to report. Neighbouring pages with different reported categories are separate regions.
     pub report: Categories,
+    /// True to write-protect the matching pages by a userfaultfd.
+    pub protect: bool,
 }
 
 /// Consecutive pages with the same reported categories.
@@ -135,6 +142,10 @@ struct RawRegion {
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`
 const PAGEMAP_SCAN: libc::Ioctl = 0xC060_6610_u32 as libc::Ioctl;
+
+/// `PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC`: write-protects the pages that match; fails if a mapping in the range is
+/// not registered for that.
+const PROTECT: u64 = 3;
 
 /// Maximum number of regions per `PAGEMAP_SCAN` call.
 const REGIONS_PER_CALL: usize = 1024;
@@ -268,7 +279,7 @@ impl Pagemap {
         let (all, none) = (query.all.0 & supported, query.none.0 & supported);
         let mut argument = ScanArgument {
             size: size_of::<ScanArgument>() as u64,
-            flags: 0,
+            flags: if query.protect { PROTECT } else { 0 },
             start: range.start,
             end: range.end,
             walk_end: 0,

@@ -24,6 +24,9 @@ use crate::sys::process::procfs;
 /// Longest time from the mount system call until the record is written, on a busy host too.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Longest time from the last use of a detached mount until the kernel has ended its connection.
+const CONNECTION_END_TIMEOUT: Duration = Duration::from_millis(200);
+
 /// Contents of the runtime directory.
 #[derive(Debug, Default)]
 pub struct Listing {
@@ -241,8 +244,7 @@ pub fn list() -> Result<Listing> {
         if lost && !taken_over && server.is_none() {
             let exists = match place {
                 Some(line) => line.fs_type == mount::FS_TYPE && line.mountpoint == record.mountpoint,
-                // A detached mount keeps its connection while a process uses its files.
-                None => Waiting::of(record.device).is_ok(),
+                None => is_in_use(record.device),
             };
             match exists {
                 true => dead.push((dead_mount(&folder, record, place.is_none()), folder)),
@@ -273,6 +275,19 @@ pub fn list() -> Result<Listing> {
     }
     listing.mounts.sort_by(|a, b| a.mountpoint.cmp(&b.mountpoint));
     Ok(listing)
+}
+
+/// Returns true if a process uses a detached mount, which keeps its connection then. The kernel ends the connection
+/// shortly after the last use.
+fn is_in_use(device: u64) -> bool {
+    let until = Instant::now() + CONNECTION_END_TIMEOUT;
+    while Waiting::of(device).is_ok() {
+        if Instant::now() > until {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    false
 }
 
 /// Returns the mount of a record, as if its processes were dead.

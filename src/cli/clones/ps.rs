@@ -141,6 +141,7 @@ impl Row {
             digest: handler.digest.to_string(),
             created: None,
             dir: None,
+            labels: BTreeMap::new(),
             ports: BTreeMap::new(),
             ended: None,
             serves: Some(handler.serves),

@@ -8,7 +8,7 @@ use super::properties::{Check, Finding, Property, of_error, other_template};
 use crate::clones::accounting::Measured;
 use crate::clones::find::{CloneProcess, Inodes, TemplateMapping};
 use crate::clones::ranges::{intersect, joined};
-use crate::control::{DeadMount, FileStatus, Mount, MountStatus, Served};
+use crate::control::{FileStatus, Mount, MountStatus, Served};
 use crate::error::{Error, Result};
 use crate::sanitize::path_text;
 use crate::store::{Digest, Serving, Template};
@@ -23,7 +23,7 @@ pub struct Judge<'a> {
     /// Mounts with a living process, in the order of `inodes`.
     pub mounts: &'a [Mount],
     /// Mounts without.
-    pub dead: &'a [DeadMount],
+    pub dead: &'a [Mount],
     /// Devices of all Stencil mounts.
     pub devices: &'a HashSet<u64>,
     /// The files of `mounts`.
@@ -78,7 +78,7 @@ impl Judge<'_> {
         };
         let line = &mapping.line;
         if let Some(dead) = self.dead.iter().find(|dead| dead.device == line.dev) {
-            return Err(of_error(&dead.error(), "mount the store again"));
+            return Err(of_error(&dead.lost_both(), "mount the store again"));
         }
         Err((
             format!("the process maps {}, which belongs to no readable template of a known mount", line.path),

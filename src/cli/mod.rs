@@ -14,6 +14,7 @@ mod progress;
 mod recording;
 mod store;
 mod store_filter;
+mod top;
 mod value_parsers;
 
 use std::process::ExitCode;
@@ -73,6 +74,7 @@ enum Command {
     Record(recording::record::RecordArgs),
     Report(recording::report::ReportArgs),
     Exporter(exporter::ExporterArgs),
+    Top(top::TopArgs),
     /// Write man pages or shell completions
     #[command(hide = true)]
     Generate(host::generate::GenerateArgs),
@@ -123,6 +125,7 @@ fn run(cli: Cli) -> Result<Done> {
         Command::Record(args) => recording::record::run(args, global),
         Command::Report(args) => recording::report::run(args, global),
         Command::Exporter(args) => exporter::run(args, global),
+        Command::Top(args) => top::run(args, global),
         Command::Generate(args) => host::generate::run(args, Cli::command()),
         Command::Mount(args) => mount::attach::run(args, global),
         Command::Umount(args) => mount::umount::run(args, global),

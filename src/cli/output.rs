@@ -69,7 +69,8 @@ pub fn to_json(value: &impl Serialize) -> Value {
     serde_json::to_value(value).unwrap_or(Value::Null)
 }
 
-fn with_schema(value: Value) -> Value {
+/// Adds the `schema` field to an object.
+pub fn with_schema(value: Value) -> Value {
     let mut object = serde_json::Map::new();
     object.insert("schema".into(), json!(1));
     if let Value::Object(fields) = value {

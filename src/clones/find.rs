@@ -4,11 +4,12 @@
 //! namespace, through every bind mount, and after a lazy unmount, unlike paths and open counts. A stacking file system
 //! (overlayfs) shows its own device and the inode number of the lower file: 63 bits that no other file has by chance.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -357,19 +358,50 @@ pub fn template_mappings(mounts: &[Mount]) -> Result<Search> {
     search(&Inodes::of(mounts)?)
 }
 
-/// Returns every process that maps one of these inodes, except this one: a command maps a template only to measure or
-/// to warm the template.
+/// The processes whose inspection has not returned, over several searches.
+#[derive(Debug, Clone, Default)]
+pub struct Inspections(Arc<Mutex<BTreeSet<u32>>>);
+
+impl Inspections {
+    fn processes(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run<T>(&self, pid: u32, inspect: impl FnOnce() -> T) -> T {
+        self.processes().insert(pid);
+        let result = inspect();
+        self.processes().remove(&pid);
+        result
+    }
+}
+
+/// Returns every process that maps one of these inodes, except this one: a command maps a template only to measure or to
+/// warm the template.
 ///
 /// # Errors
 /// Returns an error if `/proc` cannot be listed.
 pub fn search(inodes: &Inodes) -> Result<Search> {
+    search_again(inodes, SCAN_TIMEOUT, &Inspections::default())
+}
+
+/// Same as [`search`] with another time limit for each process. A process that an earlier search still inspects is
+/// unseen at once, so repeated searches leave at most one blocked thread for each process.
+///
+/// # Errors
+/// Same as [`search`].
+pub fn search_again(inodes: &Inodes, timeout: Duration, inspections: &Inspections) -> Result<Search> {
     if inodes.devices.is_empty() {
         return Ok(Search::default());
     }
-    let wanted = inodes.wanted()?;
-    let own = std::process::id();
-    let look = move |pid| if pid == own { Ok(None) } else { lines_of(pid, &wanted) };
-    let sight = holders::look_at_all(SCAN_TIMEOUT, look)?;
+    let (wanted, own) = (inodes.wanted()?, std::process::id());
+    let blocked = inspections.processes().clone();
+    let skipped = blocked.clone();
+    let inspections = inspections.clone();
+    let mut sight = holders::look_at_all(timeout, move |pid| {
+        let is_skipped = pid == own || skipped.contains(&pid);
+        if is_skipped { Ok(None) } else { inspections.run(pid, || lines_of(pid, &wanted)) }
+    })?;
+    sight.unseen.silent.extend(blocked);
     found(sight, inodes).by_address_space()
 }
 

@@ -93,6 +93,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     call(&["record", "--count", "1"], &["a.rec"]);
     call(&["report"], &["a.rec"]);
     let compared = world.json(&["report", "a.rec", "--compare", "a.rec"]);
+    let sample = world.json(&["top", "--once"]);
     call(&["warm", "web:1"], &[]);
     let pid_recorded = recording["clones"][0]["pid"].to_string();
     let recorded = world.json(&["working-set", "record", &pid_recorded]);
@@ -148,6 +149,7 @@ fn replies(world: &TestMount) -> BTreeMap<&'static str, Value> {
     replies.insert("density --why", explained);
     replies.insert("density --by", grouped);
     replies.insert("report --compare", compared);
+    replies.insert("top --once", sample);
     let guest = Qemu::start(world.dir(), &qemu_words(world.dir(), "64M"));
     let multifd = json!({"capabilities": [{"capability": "multifd", "state": true}]});
     guest.qmp().run("migrate-set-capabilities", multifd).unwrap();

@@ -1,4 +1,5 @@
-//! Metrics: the exporter, Prometheus, the dashboard and the alert rules; logs as JSON; recordings and reports.
+//! Metrics: the exporter, Prometheus, the dashboard and the alert rules; `stencil top`; logs as JSON; recordings and
+//! reports.
 
 mod capacity;
 pub mod exporter;
@@ -6,3 +7,4 @@ pub mod json_log;
 pub mod prometheus;
 pub mod recording;
 pub mod report;
+pub mod top;

@@ -13,4 +13,5 @@ pub mod mount;
 pub mod pages;
 pub mod store;
 pub mod stream;
+pub mod terminal;
 pub mod vm;

@@ -67,7 +67,7 @@ pub fn run(args: &CapacityArgs, global: &Global) -> Result<Done> {
     let digest = store.resolve(&args.template)?;
     let template = store.template(&digest)?;
     let filter = StoreFilter::of(global)?;
-    let mut mounts = control::mounts()?;
+    let mut mounts = control::mounts_and_dead()?;
     mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
     let recorded = match &args.recording {
         Some(path) => capacity::recorded(path, &digest)?,

@@ -81,7 +81,7 @@ pub fn run(args: &RecordArgs, global: &Global) -> Result<Done> {
     let stop = interrupt::flag()?;
     let mut measuring = Measuring::new()?;
     let mut sample = || -> Result<Sample> {
-        let mut mounts = control::mounts()?;
+        let mut mounts = control::mounts_and_dead()?;
         mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
         measuring.sample(&mounts, args.why)
     };

@@ -13,6 +13,7 @@ mod reasons;
 mod records;
 mod replaced;
 pub mod residency;
+pub mod sampler;
 mod shares;
 mod survey;
 mod templates;

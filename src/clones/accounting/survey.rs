@@ -10,7 +10,7 @@ use super::frames::{self, Distinct};
 use super::process::{CloneMemory, Measured, measure};
 use super::records::{Records, is_simulated, record_of, records_by_process};
 use super::shares::{Parts, Shares};
-use super::templates::{TemplateMemory, Templates};
+use super::templates::{TemplateMemory, Templates, add_shares};
 use super::totals::{self, Copied, Totals};
 use super::{disks, residency};
 use crate::clones::baseline::Baseline;
@@ -106,27 +106,61 @@ pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     let handlers = handlers::take_out(&mut found, |clone| !is_simulated(clone, &records))?;
     let mut clones = measure_all(found, &inodes, &records)?;
     disks::add(&mut clones, &entries)?;
-    let mut templates = Templates::of(mounts, only)?;
     let processes: Vec<&CloneProcess> = clones.iter().map(|(clone, _)| clone).collect();
-    let backings = residency::backings(mounts)?;
-    templates.add_residency(&residency::resident(mounts, &backings, &inodes, &processes)?);
-    templates.add_clones(&processes, &backings);
-    let metadata: Bytes = backings.iter().map(|(_, backing)| backing.metadata_bytes).sum();
-    let servers =
-        residency::daemons(mounts)? + handlers.iter().map(|handler| handler.memory_bytes).sum::<Bytes>();
-    let store_cache_bytes = templates.store_cache()? + servers + metadata;
-    let page_table_bytes = totals::kvm_tables(&clones, &records)?;
-    let common = Parts { store_cache_bytes, page_table_bytes, ..Parts::default() };
-    let shares = Shares::new(own_parts(&clones), &templates.pages(&processes), common);
-    templates.add_shares(&processes, &shares.clones);
-    let copied = Copied::of(&clones, &templates.opened, &records)?;
-    let totals = Totals::new(&clones, shares.total(), copied);
-    let rows = clones.iter().map(|(clone, measured)| row(clone, measured, &records)).collect();
+    let shared = SharedMemory::measure(mounts, only, &inodes, &processes)?;
+    let (density, shares) = density(mounts, &clones, handlers, &shared, &records)?;
     let baseline = baseline(&clones, &records);
-    let (templates, opened) = templates.into_rows();
+    let SharedMemory { templates, backings, .. } = shared;
+    Ok(Survey { density, shares, clones, inodes, opened: templates.opened, backings, baseline })
+}
+
+/// The memory that clones share.
+pub(super) struct SharedMemory {
+    pub templates: Templates,
+    /// The backings of the mounts, each with the index of its mount.
+    backings: Vec<(usize, Residency)>,
+    store_cache: Bytes,
+}
+
+impl SharedMemory {
+    /// Measures the templates of these mounts, or one template. Waits for supervisors, stores and servers.
+    pub fn measure(
+        mounts: &[Mount],
+        only: Option<&Digest>,
+        inodes: &Inodes,
+        clones: &[&CloneProcess],
+    ) -> Result<SharedMemory> {
+        let mut templates = Templates::of(mounts, only)?;
+        let backings = residency::backings(mounts)?;
+        templates.add_residency(&residency::resident(mounts, &backings, inodes, clones)?);
+        let metadata: Bytes = backings.iter().map(|(_, backing)| backing.metadata_bytes).sum();
+        let store_cache = templates.store_cache()? + residency::daemons(mounts)? + metadata;
+        Ok(SharedMemory { templates, backings, store_cache })
+    }
+}
+
+/// Returns the figures of these clones and of the memory that they share, and the share of each clone.
+pub(super) fn density(
+    mounts: &[Mount],
+    clones: &[(CloneProcess, Measured)],
+    handlers: Vec<Handler>,
+    shared: &SharedMemory,
+    records: &Records,
+) -> Result<(Density, Shares)> {
+    let processes: Vec<&CloneProcess> = clones.iter().map(|(clone, _)| clone).collect();
+    let mut templates = shared.templates.rows(&processes, &shared.backings);
+    let of_handlers: Bytes = handlers.iter().map(|handler| handler.memory_bytes).sum();
+    let common = Parts {
+        store_cache_bytes: shared.store_cache + of_handlers,
+        page_table_bytes: totals::kvm_tables(clones, records)?,
+        ..Parts::default()
+    };
+    let shares = Shares::new(own_parts(clones), &shared.templates.pages(&processes), common);
+    add_shares(&mut templates, &processes, &shares.clones);
+    let copied = Copied::of(clones, &shared.templates.opened, records)?;
+    let totals = Totals::new(clones, shares.total(), copied);
     let dead_mounts = DeadMount::of(mounts, clones.iter().map(|(clone, _)| clone));
-    let density = Density { templates, clones: rows, totals, handlers, dead_mounts };
-    Ok(Survey { density, shares, clones, inodes, opened, backings, baseline })
+    Ok((Density { templates, clones: rows(clones, records), totals, handlers, dead_mounts }, shares))
 }
 
 /// Returns the memory that each clone has alone, or shares by a fork or KSM.
@@ -142,8 +176,13 @@ fn own_parts(clones: &[(CloneProcess, Measured)]) -> Vec<Parts> {
     distinct.into_iter().zip(clones).map(own).collect()
 }
 
+/// Returns the row of each clone.
+pub(super) fn rows(clones: &[(CloneProcess, Measured)], records: &Records) -> Vec<CloneRow> {
+    clones.iter().map(|(clone, measured)| row(clone, measured, records)).collect()
+}
+
 /// Measures these clones on as many threads as there are processors. Clones that have exited are left out.
-fn measure_all(
+pub(super) fn measure_all(
     found: Vec<CloneProcess>,
     inodes: &Inodes,
     records: &Records,

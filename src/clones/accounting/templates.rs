@@ -123,7 +123,9 @@ impl Templates {
         }
     }
 
-    pub fn add_clones(&mut self, clones: &[&CloneProcess], backings: &[(usize, Residency)]) {
+    /// Returns the templates with the figures of these clones.
+    pub fn rows(&self, clones: &[&CloneProcess], backings: &[(usize, Residency)]) -> Vec<TemplateMemory> {
+        let (mut rows, mut servings) = (self.rows.clone(), self.servings.clone());
         let kind = |map: &TemplateMapping| {
             let of_map = |(mount, backing): &&(usize, Residency)| {
                 (*mount, backing.digest, &backing.file) == (map.mount, map.digest, &map.file)
@@ -135,17 +137,17 @@ impl Templates {
             digests.sort();
             digests.dedup();
             for digest in digests {
-                if let Some(row) = self.rows.get_mut(&digest) {
+                if let Some(row) = rows.get_mut(&digest) {
                     row.clones += 1;
                 }
             }
             for map in &clone.maps {
                 let served = Served::of(map.serving, kind(map));
-                self.servings.entry(map.digest).or_default().insert(served);
+                servings.entry(map.digest).or_default().insert(served);
             }
         }
-        for (digest, row) in &mut self.rows {
-            let mut seen = self.servings.get(digest).into_iter().flatten();
+        for (digest, row) in &mut rows {
+            let mut seen = servings.get(digest).into_iter().flatten();
             row.serving = match (seen.next(), seen.next()) {
                 (Some(_), Some(_)) => "both",
                 (Some(served), None) => served.name(),
@@ -153,6 +155,16 @@ impl Templates {
             }
             .to_owned();
         }
+        rows.into_values().collect()
+    }
+
+    /// Returns the labels of each template that has some, as `KEY=VALUE`.
+    pub fn labels(&self) -> BTreeMap<Digest, Vec<String>> {
+        let labels = |template: &Template| -> Vec<String> {
+            template.policy().labels.iter().map(|(key, value)| format!("{key}={value}")).collect()
+        };
+        let all = self.opened.iter().map(|(digest, template)| (*digest, labels(template)));
+        all.filter(|(_, labels)| !labels.is_empty()).collect()
     }
 
     pub fn store_cache(&self) -> Result<Bytes> {
@@ -170,18 +182,14 @@ impl Templates {
             .map(|row| TemplatePages { resident: row.resident_bytes, users: users(row.digest) })
             .collect()
     }
+}
 
-    /// Sets what another clone of each template takes, from the shares of these clones.
-    pub fn add_shares(&mut self, clones: &[&CloneProcess], shares: &[Parts]) {
-        for row in self.rows.values_mut() {
-            let its = clones.iter().zip(shares).filter(|(clone, _)| clone.maps[0].digest == row.digest);
-            let (count, sum) = its
-                .fold((0, Bytes::ZERO), |(count, sum), (_, parts)| (count + 1, sum + parts.of_the_clones()));
-            row.bytes_per_further_clone = sum.get().checked_div(count).map(Bytes::new);
-        }
-    }
-
-    pub fn into_rows(self) -> (Vec<TemplateMemory>, BTreeMap<Digest, Template>) {
-        (self.rows.into_values().collect(), self.opened)
+/// Sets what another clone of each template takes, from the shares of these clones.
+pub(super) fn add_shares(rows: &mut [TemplateMemory], clones: &[&CloneProcess], shares: &[Parts]) {
+    for row in rows {
+        let its = clones.iter().zip(shares).filter(|(clone, _)| clone.maps[0].digest == row.digest);
+        let (count, sum) =
+            its.fold((0, Bytes::ZERO), |(count, sum), (_, parts)| (count + 1, sum + parts.of_the_clones()));
+        row.bytes_per_further_clone = sum.get().checked_div(count).map(Bytes::new);
     }
 }

@@ -11,6 +11,7 @@ use stencilfs::sys::files::mount;
 use stencilfs::sys::process::ProcessId;
 use stencilfs::sys::process::holders;
 
+use crate::metrics::top::{Watch, clone_of};
 use crate::support::actor::Actor;
 use crate::support::daemon::drill;
 use crate::support::exporter::{Exporter, OPEN_METRICS, Samples, samples};
@@ -215,4 +216,72 @@ fn a_recorder_goes_on_beside_a_stuck_process() {
     let output = recorder.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && text.contains(" failed"), "{text}");
+}
+
+#[test]
+fn top_shows_blocked_clones_and_goes_on() {
+    let _host = host::alone();
+    let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let digest = world.import_bytes(&[7; 1 << 20], "web:1");
+    let start = || {
+        let mut actor = Actor::start();
+        actor.tell(&format!("map 0 {} 0 {} rw", world.file(&digest, "memory").display(), 1 << 20));
+        actor.tell("read 0 0");
+        actor
+    };
+    // The other clone copies pages that are in RAM already.
+    let (mut waiting, mut active) = (start(), start());
+    active.read_pages(0, 0..64);
+    let mut page = 0;
+    let mut watch = Watch::start(&world, "0.2");
+    let mut next = |watch: &mut Watch| {
+        active.write_pages(0, [page]);
+        page = (page + 1) % 64;
+        let sample = watch.sample();
+        assert_eq!(clone_of(&sample, active.pid())["blocked"], false, "{sample:#}");
+        sample
+    };
+    assert_eq!(next(&mut watch)["unseen"], serde_json::json!([]));
+
+    // A clone that waits in a page fault, for a server that does not answer.
+    let server = ProcessId::of(world.server()).unwrap().unwrap();
+    drill::stop(server);
+    waiting.begin("read 0 200");
+    let start_of_wait = Instant::now();
+    let waits = waiting.pid();
+    let blocked = |sample: &serde_json::Value| clone_of(sample, waits)["blocked"] == true;
+    let sample = wait_for("a blocked clone", || Some(next(&mut watch)).filter(blocked));
+    let took = start_of_wait.elapsed();
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert!(sample["totals"].is_object(), "{sample:#}");
+    let copied: f64 = (0..5).map(|_| next(&mut watch)["copied_pages_per_second"].as_f64().unwrap()).sum();
+    assert!(copied > 0.0, "the other clone copies pages");
+    wait_for("old figures of templates", || {
+        (next(&mut watch)["templates_age_seconds"].as_f64() > Some(1.5)).then_some(())
+    });
+    server.signal(Signal::CONT).unwrap();
+    assert_eq!(waiting.answer(), Ok(7));
+    let is_recent =
+        |sample: &serde_json::Value| !blocked(sample) && sample["templates_age_seconds"].as_f64() < Some(1.0);
+    wait_for("recent figures", || Some(next(&mut watch)).filter(is_recent));
+
+    // A process that cannot be inspected.
+    let other = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
+    let mut stuck = Stuck::new(&other, &other.import_bytes(&[7; 4096], "web:1"));
+    let pid = stuck.actor.pid();
+    let start_of_wait = Instant::now();
+    let is_unseen = |sample: &serde_json::Value| sample["unseen"].as_array().unwrap().contains(&pid.into());
+    wait_for("the stuck process", || Some(next(&mut watch)).filter(is_unseen));
+    let took = start_of_wait.elapsed();
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    let threads = |watch: &Watch| std::fs::read_dir(format!("/proc/{}/task", watch.pid())).unwrap().count();
+    let before = threads(&watch);
+    for _ in 0..20 {
+        assert!(is_unseen(&next(&mut watch)));
+    }
+    assert!(threads(&watch) <= before + 1, "{before} threads, then {}", threads(&watch));
+    stuck.server.signal(Signal::CONT).unwrap();
+    stuck.actor.tell("anon 0 4096");
+    drop(stuck);
+    wait_for("an inspection of the process", || (!is_unseen(&next(&mut watch))).then_some(()));
 }

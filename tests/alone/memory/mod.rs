@@ -9,3 +9,4 @@ mod dirty_exact;
 mod jail;
 mod kernel_decode;
 mod kernel_decode_stress;
+mod top;

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 const EVIDENCE: &str = "docs/evidence.md";
+const MEASUREMENT: &str = "docs/evidence-measurement.md";
 const FAILURES: &str = "docs/explanation/failure-model.md";
 
 fn root() -> &'static Path {
@@ -124,7 +125,7 @@ fn table_rows(text: &str) -> Vec<Vec<&str>> {
 
 #[test]
 fn every_test_that_evidence_names_exists() {
-    for page in [EVIDENCE, FAILURES] {
+    for page in [EVIDENCE, MEASUREMENT, FAILURES] {
         assert_eq!(missing(&read(page)), Vec::<String>::new(), "{page}");
     }
     let invented = "`project::documents::no_such` and `nowhere::at_all`, `project::layers::a_file_imports_only_from_lower_layers`, \
@@ -134,8 +135,8 @@ fn every_test_that_evidence_names_exists() {
 
 #[test]
 fn every_promise_of_evidence_names_a_test() {
-    let page = read(EVIDENCE);
-    let rows = table_rows(&page);
+    let (page, measurement) = (read(EVIDENCE), read(MEASUREMENT));
+    let rows = [table_rows(&page), table_rows(&measurement)].concat();
     assert!(rows.len() >= 150, "{} rows", rows.len());
     for row in &rows {
         assert_eq!(row.len(), 2, "{row:?}");
@@ -189,7 +190,7 @@ fn only_evidence_and_the_table_of_failures_cite_tests() {
         .collect();
     for (page, text) in pages() {
         let text = match page.to_str().unwrap() {
-            EVIDENCE => continue,
+            EVIDENCE | MEASUREMENT => continue,
             FAILURES => text.replace(section(&text, "## Failures and their effects"), ""),
             _ => text,
         };

@@ -174,6 +174,7 @@ pub mod tests {
     use crate::clones::accounting::{TemplateMemory, Totals};
     use crate::clones::find::TemplateMapping;
     use crate::units::{Bytes, PageCount};
+    use std::collections::BTreeMap;
 
     const MIB: u64 = 1 << 20;
 
@@ -189,6 +190,7 @@ pub mod tests {
             ..CloneMemory::default()
         };
         let row = CloneRow {
+            labels: BTreeMap::new(),
             id: format!("c{pid}"),
             pid,
             pids: vec![pid],
@@ -210,6 +212,8 @@ pub mod tests {
     /// Figures of five clones and a process that cannot be inspected.
     pub fn figures() -> Figures {
         let template = |byte: u8, tag: &str| TemplateMemory {
+            resident_zero_bytes: Bytes::ZERO,
+            bytes_per_further_clone: None,
             digest: Digest::new([byte; 32]),
             tags: [tag.to_owned()].into(),
             serving: "passthrough".into(),

@@ -303,6 +303,8 @@ mod tests {
                 templates: (0u8..).zip(&resident).map(|(number, resident)| template(number, *resident)).collect(),
                 clones: clones.iter().map(row).collect(),
                 totals: Totals::default(),
+                handlers: vec![],
+                dead_mounts: vec![],
             };
             for by in [By::Template, By::User, By::Cgroup, By::Label("team".to_owned())] {
                 let sums = sums(&density, &shares, &by);

@@ -1,6 +1,6 @@
 //! How many more clones of a template fit: the resources of the host and of a cgroup, divided by what a clone takes.
 //!
-//! What a clone takes follows from measurements of the present clones and of a recording. [`growth`] and [`resources`]
+//! What a clone takes follows from measurements of the present clones and of a recording. `growth` and `resources`
 //! are pure functions over these measurements.
 
 mod growth;

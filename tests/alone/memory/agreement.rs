@@ -20,12 +20,14 @@ struct Herd {
 /// A command that shows the memory of the host, and the parts that it shows.
 type Source = (&'static str, fn(&Herd) -> Parts);
 
-const SOURCES: [Source; 8] = [
+const SOURCES: [Source; 10] = [
     ("density", |herd| sum([&herd.world.json(&["density"])["totals"]])),
     ("density --by template", |herd| by(herd, "template")),
     ("density --by user", |herd| by(herd, "user")),
     ("density --by cgroup", |herd| by(herd, "cgroup")),
     ("density --by label", |herd| by(herd, "label=team")),
+    ("top", |herd| sum([&herd.world.json(&["top", "--once"])["totals"]])),
+    ("report", report),
     ("exporter", exporter),
     ("audit by page frames", |herd| audit(herd, "_bytes")),
     ("audit, accounted", |herd| audit(herd, "_accounted")),
@@ -44,6 +46,12 @@ fn exporter(herd: &Herd) -> Parts {
     });
     let metric = |part: &str| format!("stencil_memory_bytes{{part=\"{}\"}}", part.trim_end_matches("_bytes"));
     PARTS.into_iter().map(|part| (part, samples[&metric(part)] as u64)).collect()
+}
+
+/// The page about a recording with one further sample.
+fn report(herd: &Herd) -> Parts {
+    herd.world.json(&["record", "all.rec", "--count", "1"]);
+    sum([&herd.world.json(&["report", "all.rec"])["totals"]])
 }
 
 /// The audit counts the frames of four parts.

@@ -208,7 +208,7 @@ mod tests {
             overcommit_ratio: Some(99_999.99),
         };
         let templates = (0..25).map(|number| template(number, u64::from(number) * 1000)).collect();
-        let density = Density { templates, clones: vec![], totals };
+        let density = Density { templates, clones: vec![], totals, handlers: vec![], dead_mounts: vec![] };
         let headroom = Headroom {
             available_bytes: Bytes::new(u64::MAX),
             commit_left_bytes: Some(some),
@@ -232,7 +232,8 @@ mod tests {
             host_bytes: Bytes::new(5 << 20),
             ..Totals::default()
         };
-        let density = Density { templates: vec![], clones: vec![], totals };
+        let density =
+            Density { templates: vec![], clones: vec![], totals, handlers: vec![], dead_mounts: vec![] };
         let text = view(&density, &Headroom::default());
         assert!(text.starts_with("no clones; the mounted stores take 5.00 MiB of memory\n"), "{text}");
         assert!(

@@ -66,6 +66,18 @@ fn the_limit_of_a_unified_cgroup_above_ends_first() {
     assert_eq!(further, 88 * MIB / number(per_clone, "estimate"));
     let warning = reply["warnings"][0].as_str().unwrap();
     assert!(warning.starts_with("memory.high of the cgroup"), "{warning}");
+    // Tasks of the present clones do not count for this cgroup; its own do.
+    for (name, text) in [("pids.max", "50"), ("pids.current", "20")] {
+        fs::write(Path::new(group).join(name), text).unwrap();
+    }
+    let tasks = resource(&world.json(&["capacity", "web:1", "--memcg", group]), "tasks").clone();
+    assert_eq!(number(&tasks, "free_tasks"), 30, "{tasks}");
+    // A cgroup with memory.high alone slows the clones down.
+    fs::write(top.path().join("tenant.slice/memory.max"), "max").unwrap();
+    let reply = world.json(&["capacity", "web:1", "--memcg", group]);
+    let warnings = reply["warnings"].as_array().unwrap();
+    assert_eq!(warnings.len(), 1, "{reply:#}");
+    assert!(warnings[0].as_str().unwrap().starts_with("memory.high of the cgroup"), "{reply:#}");
 }
 
 #[test]
@@ -110,6 +122,7 @@ fn greater_ages_than_measured_widen_the_interval() {
     let (later, reply) = width(&["--for", "86400"]);
     assert!(now < 0.4 && later > 0.8, "{now} {later} {reply:#}");
     assert!(reply["warnings"][0].as_str().unwrap().contains("no clone was measured at this age"));
+    assert!(reply["warnings"][1].as_str().unwrap().contains("about the same age"), "{reply:#}");
 }
 
 #[test]

@@ -82,7 +82,7 @@ const TAIL: f64 = 0.01;
 /// With fewer clones than this, the bootstrap says little about shapes.
 const FEW_CLONES: usize = 5;
 
-/// Shapes whose Akaike criterion is worse by more are not plausible.
+/// Shapes whose Akaike criterion is worse by more, for one sample of each clone, are not plausible.
 const PLAUSIBLE: f64 = 10.0;
 
 /// Number of time constants of [`Shape::Saturating`], from 2 % to twice the largest age.
@@ -244,6 +244,8 @@ pub struct Growth {
     pub clones: usize,
     /// Largest measured age, in seconds.
     pub oldest_seconds: f64,
+    /// Whether the largest measured age is less than twice the smallest.
+    pub ages_are_equal: bool,
 }
 
 impl Growth {
@@ -264,9 +266,11 @@ impl Growth {
         // The quantiles of few clones vary by chance: never narrower than the interval of a mean.
         let of_mean = t_quantile(count) * deviation * estimate / approximate(count as u64).sqrt();
         let (mut lower, mut upper) = (estimate - below.max(of_mean), estimate + above.max(of_mean));
+        let ages_are_equal = oldest < 2.0 * ages().fold(f64::INFINITY, f64::min);
         if age_seconds > oldest * 1.01 {
-            let first = ages().fold(f64::INFINITY, f64::min);
-            let limit = if count < FEW_CLONES { f64::INFINITY } else { PLAUSIBLE };
+            // The samples of a clone depend on each other: together they say about as much about shapes as one.
+            let per_clone = approximate(samples.len() as u64) / approximate(count as u64);
+            let limit = if count < FEW_CLONES { f64::INFINITY } else { PLAUSIBLE * per_clone };
             for (other, curve) in fit.curves(0..count) {
                 if other - criterion <= limit {
                     lower = lower.min(curve.at(age_seconds));
@@ -274,7 +278,7 @@ impl Growth {
                 }
             }
             // Without different ages, no shape can be excluded: from no growth at all to even growth since the start.
-            if oldest < 2.0 * first {
+            if ages_are_equal {
                 let now = curve.at(oldest);
                 lower = lower.min(now);
                 upper = upper.max(now * age_seconds / oldest);
@@ -291,6 +295,7 @@ impl Growth {
             deviation,
             clones: count,
             oldest_seconds: oldest,
+            ages_are_equal,
         })
     }
 

@@ -20,20 +20,21 @@ const KERNEL_STACK: f64 = 16.0 * 1024.0;
 /// clone adds. Used where no cgroup counts it.
 const KERNEL_MEMORY: f64 = 48.0 * 1024.0;
 
-/// Returns the cgroup whose limit leaves the least memory, of the one with this directory and those above it, and its
-/// limit. Without a directory, the cgroup of the present clones is used if they have one in common.
+/// Returns the cgroup with this directory and those above it. Without a directory, the cgroup of the present clones is
+/// used if they have one in common.
 ///
 /// # Errors
 /// Returns an error if a figure cannot be read.
-pub fn tightest_group(directory: Option<&Path>, present: &Present) -> Result<Option<(GroupMemory, Bytes)>> {
+pub fn groups(directory: Option<&Path>, present: &Present) -> Result<Vec<GroupMemory>> {
     let is_given = directory.is_some();
     let directory = match directory {
-        Some(directory) => directory.to_owned(),
+        // The cgroups of the clones are compared with this directory.
+        Some(directory) => directory.canonicalize().unwrap_or(directory.to_owned()),
         None => {
             let mut of_clones = present.clones.iter().map(|clone| &clone.cgroup);
-            let Some(Some(first)) = of_clones.next() else { return Ok(None) };
+            let Some(Some(first)) = of_clones.next() else { return Ok(Vec::new()) };
             if of_clones.any(|other| other.as_ref() != Some(first)) {
-                return Ok(None);
+                return Ok(Vec::new());
             }
             first.clone()
         }
@@ -44,8 +45,16 @@ pub fn tightest_group(directory: Option<&Path>, present: &Present) -> Result<Opt
             "name a directory below /sys/fs/cgroup with the file memory.max or memory.limit_in_bytes",
         ));
     }
-    let limited = groups.into_iter().filter_map(|group| group.limit.map(|limit| (group, limit)));
-    Ok(limited.min_by_key(|(group, limit)| group.left_below(*limit)))
+    Ok(groups)
+}
+
+/// Returns the cgroup that leaves the least memory below a limit, and this limit.
+pub fn tightest(
+    groups: &[GroupMemory],
+    limit: impl Fn(&GroupMemory) -> Option<Bytes>,
+) -> Option<(&GroupMemory, Bytes)> {
+    let limited = groups.iter().filter_map(|group| Some((group, limit(group)?)));
+    limited.min_by_key(|(group, limit)| group.left_below(*limit))
 }
 
 /// Returns how much of the use of a cgroup may be a stock of the processors: memory that is charged before it is used.
@@ -68,8 +77,7 @@ pub fn kernel_memory(group: Option<&GroupMemory>, present: &Present) -> Result<I
     let Some((group, kernel)) = group.and_then(|group| Some((group, group.kernel?))) else {
         return Ok(Interval::new(least, usual, 2.0 * usual));
     };
-    let inside =
-        |clone: &&PresentClone| clone.cgroup.as_ref().is_some_and(|path| path.starts_with(&group.path));
+    let inside = |clone: &&PresentClone| clone.is_inside(&group.path);
     let page_tables: Bytes = present.clones.iter().filter(inside).map(|clone| clone.page_tables).sum();
     let processes =
         cgroup::tree(&group.path)?.iter().map(|path| cgroup::processes(path)).sum::<Result<u64>>()?;
@@ -110,7 +118,9 @@ pub fn tasks(directory: Option<&Path>, present: &Present) -> Result<Option<Resou
         left.push((name.to_owned(), limits::sysctl(name)?.saturating_sub(used)));
     }
     let first = present.clones.first();
-    if let Some((group, tasks)) = cgroup::tasks_left(first.map(PresentClone::pid), directory)? {
+    // A given cgroup need not be that of the present clones.
+    let of_clones = first.filter(|_| directory.is_none()).map(PresentClone::pid);
+    if let Some((group, tasks)) = cgroup::tasks_left(of_clones, directory)? {
         left.push((group.join("pids.max").display().to_string(), tasks));
     }
     // The kernel does not apply this limit to root.

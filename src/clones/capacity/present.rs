@@ -1,6 +1,6 @@
 //! The clones that run now.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::recorded::{self, Recorded};
 use super::resources::Bounds;
@@ -31,6 +31,11 @@ impl PresentClone {
     pub fn pid(&self) -> u32 {
         self.measured.process.pid
     }
+
+    /// Returns whether the cgroup with this directory, or one below, pays for its memory.
+    pub fn is_inside(&self, directory: &Path) -> bool {
+        self.cgroup.as_ref().is_some_and(|path| path.starts_with(directory))
+    }
 }
 
 /// The clones that run now.
@@ -47,7 +52,7 @@ impl Present {
     pub fn of(survey: &Survey) -> Result<Present> {
         let totals = &survey.density.totals;
         let alone = |m: &CloneMemory| m.private_bytes + m.page_table_bytes + m.overhead_bytes + m.disk_bytes;
-        let sum: Bytes = survey.density.clones.iter().map(|row| alone(&row.memory)).sum();
+        let sum: f64 = survey.density.clones.iter().map(|row| approximate(alone(&row.memory).get())).sum();
         let correction = recorded::share(totals.of_the_clones(), sum, totals.clones);
         let (mut clones, now) = (Vec::new(), times::since_boot());
         for ((clone, _), row) in survey.clones.iter().zip(&survey.density.clones) {
@@ -65,7 +70,8 @@ impl Present {
                 measured: Recorded {
                     process: clone.process(),
                     age_seconds: now.saturating_sub(start).as_secs_f64(),
-                    bytes: (approximate(alone(&row.memory).get()) + correction).max(0.0),
+                    bytes: (approximate((alone(&row.memory) + row.memory.swap_bytes).get()) + correction)
+                        .max(0.0),
                 },
                 page_tables: row.memory.page_table_bytes,
                 tasks,

@@ -15,7 +15,7 @@ pub struct Recorded {
     pub process: ProcessId,
     /// Time since its start.
     pub age_seconds: f64,
-    /// Memory that it took alone.
+    /// Memory that it took alone, in RAM and swap.
     pub bytes: f64,
 }
 
@@ -31,16 +31,19 @@ pub fn recorded(path: &Path, digest: &Digest) -> Result<Vec<Recorded>> {
     for sample in Recording::open(path)?.samples() {
         let sample = sample?;
         let totals = &sample.totals;
-        let sum: Bytes = sample.clones.iter().map(alone).sum();
+        // A sum of Bytes could overflow: a file may have any figures.
+        let sum: f64 = sample.clones.iter().map(|clone| approximate(alone(clone).get())).sum();
         let counted_once =
             totals.private_bytes + totals.page_table_bytes + totals.overhead_bytes + totals.disk_bytes;
-        let correction = share(counted_once, sum, totals.clones);
+        // The totals of several templates do not say which clones share frames.
+        let is_alone = sample.clones.iter().all(|clone| clone.digest == *digest);
+        let correction = if is_alone { share(counted_once, sum, totals.clones) } else { 0.0 };
         for clone in sample.clones.iter().filter(|clone| clone.digest == *digest && is_running(clone)) {
             let Some(age_ms) = clone.age_ms else { continue };
             found.push(Recorded {
                 process: ProcessId { pid: clone.pid, identity: clone.identity },
                 age_seconds: approximate(age_ms) / 1000.0,
-                bytes: (approximate(alone(clone).get()) + correction).max(0.0),
+                bytes: (approximate((alone(clone) + clone.swap_bytes).get()) + correction).max(0.0),
             });
         }
     }
@@ -54,8 +57,8 @@ fn is_running(clone: &CloneSample) -> bool {
 
 /// Returns by how much the memory of each clone differs from what its process shows. The sums count frames that clones
 /// share once, and include page tables of KVM.
-pub(super) fn share(counted_once: Bytes, sum: Bytes, clones: u64) -> f64 {
-    (approximate(counted_once.get()) - approximate(sum.get())) / approximate(clones.max(1))
+pub(super) fn share(counted_once: Bytes, sum: f64, clones: u64) -> f64 {
+    (approximate(counted_once.get()) - sum) / approximate(clones.max(1))
 }
 
 #[cfg(test)]
@@ -90,7 +93,7 @@ mod tests {
         let (ours, other) = (Digest::new([1; 32]), Digest::new([2; 32]));
         let keeper =
             CloneSample { kind: "other".to_owned(), dirty_pages: PageCount::ZERO, ..clone(9, ours, Some(1)) };
-        let clones = vec![clone(1, ours, Some(1500)), clone(2, ours, None), clone(3, other, Some(7)), keeper];
+        let clones = vec![clone(1, ours, Some(1500)), clone(2, ours, None), clone(3, ours, None), keeper];
         // Four times 1234 bytes, of which 400 were counted twice.
         let totals = TotalsSample {
             clones: 4,
@@ -100,14 +103,23 @@ mod tests {
             disk_bytes: Bytes::new(16),
             ..TotalsSample::default()
         };
-        let sample = Sample { clones, totals, ..Sample::default() };
+        let alone = Sample { clones, totals, ..Sample::default() };
+        let mut mixed = alone.clone();
+        mixed.clones[2].digest = other;
         let mut recorder = Recorder::open(&path, Bytes::new(1 << 20)).unwrap();
-        recorder.append(&sample).unwrap();
-        recorder.append(&sample).unwrap();
+        recorder.append(&alone).unwrap();
+        recorder.append(&mixed).unwrap();
         let process = ProcessId { pid: 1, identity: 10 };
-        let expected = Recorded { process, age_seconds: 1.5, bytes: 1134.0 };
-        assert_eq!(recorded(&path, &ours).unwrap(), [expected, expected]);
+        // Swapped bytes are added. With another template, frames that its clones share change nothing.
+        let expected = [1139.0, 1239.0].map(|bytes| Recorded { process, age_seconds: 1.5, bytes });
+        assert_eq!(recorded(&path, &ours).unwrap(), expected);
         assert_eq!(recorded(&path, &Digest::new([3; 32])).unwrap(), []);
+        // No figures overflow.
+        let most = CloneSample { private_bytes: Bytes::new(1 << 53), ..clone(1, ours, Some(1)) };
+        let path = dir.path().join("most.rec");
+        let sample = Sample { clones: vec![most; 2048], ..Sample::default() };
+        Recorder::open(&path, Bytes::new(1 << 20)).unwrap().append(&sample).unwrap();
+        assert_eq!(recorded(&path, &ours).unwrap().len(), 2048);
         std::fs::write(&path, "no recording\n").unwrap();
         assert!(recorded(&path, &ours).is_err());
     }

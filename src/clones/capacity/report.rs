@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::growth::{Growth, Sample, Shape};
+use super::growth::{Growth, Interval, Sample, Shape};
 use super::limits;
 use super::present::Present;
 use super::recorded::Recorded;
@@ -22,7 +22,7 @@ use crate::sys::process::ProcessId;
 use crate::sys::process::cgroup::{self, GroupMemory};
 use crate::units::{Bytes, PageCount, approximate, whole};
 
-/// What is asked.
+/// The request.
 #[derive(Debug)]
 pub struct Request<'a> {
     /// The mounts in which clones are searched.
@@ -68,7 +68,7 @@ pub struct Capacity {
     pub template: TemplateMemory,
     /// All resources.
     pub resources: Vec<Resource>,
-    /// What may surprise.
+    /// Notes on the answer.
     pub warnings: Vec<String>,
 }
 
@@ -102,28 +102,28 @@ pub fn capacity(request: &Request<'_>) -> Result<Capacity> {
         Error::not_found(format!("no clone of template {digest} was measured"))
             .hint("launch some clones and run the command again, or name a recording: --recording FILE")
     })?;
-    let group = limits::tightest_group(request.cgroup, &present)?;
-    let growing = present
-        .clones
-        .iter()
-        .map(|clone| (growth.curve.at(lifetime) - growth.curve.at(clone.measured.age_seconds)).max(0.0));
-    let demand = Demand {
-        growth: &growth,
-        kernel: limits::kernel_memory(group.as_ref().map(|(group, _)| group), &present)?,
-        pending: growing.sum(),
+    let groups = limits::groups(request.cgroup, &present)?;
+    let group = limits::tightest(&groups, |group| group.limit);
+    let kernel = limits::kernel_memory(group.map(|(group, _)| group), &present)?;
+    let demand = |cgroup: Option<&Path>| {
+        let clones = present.clones.iter().filter(|clone| cgroup.is_none_or(|path| clone.is_inside(path)));
+        demand(&growth, kernel, lifetime, clones.map(|clone| clone.measured.age_seconds))
     };
     let mut warnings = Vec::new();
-    if request.cgroup.is_some() && group.is_none() {
+    if request.cgroup.is_some() && groups.iter().all(|group| group.limit.or(group.high).is_none()) {
         warnings.push("neither the cgroup nor those above have a limit on memory".to_owned());
     }
     if lifetime > oldest * SAME_AGE {
         warnings
             .push("no clone was measured at this age: the interval covers all plausible growth".to_owned());
+        if growth.clones > 1 && growth.ages_are_equal {
+            warnings.push("all measured clones have about the same age: their growth is unknown".to_owned());
+        }
     }
     if growth.clones == 1 {
         warnings.push("one clone was measured: how much clones differ is unknown".to_owned());
     }
-    let memory = Memory::of(request, &survey, group.as_ref(), &demand)?;
+    let memory = Memory::of(request, &survey, &groups, &demand)?;
     warnings.extend(
         memory.slowed_after.map(|count| {
             format!("memory.high of the cgroup slows the clones down from about {count} more on")
@@ -145,7 +145,7 @@ pub fn capacity(request: &Request<'_>) -> Result<Capacity> {
         measured_clones: growth.clones as u64,
         measurements: samples.len() as u64,
         oldest_seconds: oldest,
-        pending_bytes: whole(demand.pending),
+        pending_bytes: whole(demand(None).pending),
         template: memory.template,
         resources,
         warnings,
@@ -161,11 +161,11 @@ struct Memory {
 }
 
 impl Memory {
-    fn of(
+    fn of<'a>(
         request: &Request<'_>,
         survey: &Survey,
-        group: Option<&(GroupMemory, Bytes)>,
-        demand: &Demand<'_>,
+        groups: &[GroupMemory],
+        demand: &dyn Fn(Option<&Path>) -> Demand<'a>,
     ) -> Result<Memory> {
         let row = survey.density.templates.iter().find(|row| row.digest == *request.template.digest());
         let resident = row.map_or(Bytes::ZERO, |row| row.resident_bytes);
@@ -175,28 +175,43 @@ impl Memory {
         let free =
             |available, charged| resources::free_memory(available, request.reserve, charged, pages.whole());
         let of_host = free(Baseline::now()?.available(), resident);
-        let host = resources::memory(Kind::HostMemory, "MemAvailable".to_owned(), of_host, demand);
-        let Some((group, limit)) = group else {
-            let cache = resources::template_cache(host.limit.clone(), of_host, &pages, &host);
-            return Ok(Memory { template, resources: vec![cache, host], slowed_after: None });
-        };
-        template.charged_bytes = charged_pages(request, survey, group)?;
-        // Without the kernel's word, the cgroup may pay for all of the template that its cached pages have room for.
-        let charged = template.charged_bytes.unwrap_or(resident.min(group.files));
-        let below = |limit| {
+        let host = resources::memory(Kind::HostMemory, "MemAvailable".to_owned(), of_host, &demand(None));
+        let below = |(group, limit): (&GroupMemory, Bytes)| -> Result<_> {
+            let told = charged_pages(request, survey, group)?;
+            // Without the kernel's word, the cgroup may pay for all of the template that its cached pages have room for.
+            let charged = told.unwrap_or(resident.min(group.files));
             let (mut free, name) = (free(group.left_below(limit), charged), group.path.display().to_string());
             free.upper += approximate(limits::charged_ahead().get());
-            (free, resources::memory(Kind::CgroupMemory, name, free, demand))
+            let demand = demand(Some(&group.path));
+            Ok((told, free, resources::memory(Kind::CgroupMemory, name, free, &demand)))
         };
-        let (of_group, cgroup) = below(*limit);
+        let limit = limits::tightest(groups, |group| group.limit);
+        let high = limits::tightest(groups, |group| group.high).filter(|(group, high)| {
+            limit.is_none_or(|(limited, limit)| group.left_below(*high) < limited.left_below(limit))
+        });
+        let slowed = high.map(below).transpose()?.and_then(|(_, _, memory)| memory.further_clones);
+        let slowed_after = slowed.map(|further| further.estimate);
+        let Some(limit) = limit else {
+            let cache = resources::template_cache(host.limit.clone(), of_host, &pages, &host);
+            return Ok(Memory { template, resources: vec![cache, host], slowed_after });
+        };
+        let (told, of_group, cgroup) = below(limit)?;
+        template.charged_bytes = told;
         let cache = resources::template_cache(cgroup.limit.clone(), of_group, &pages, &cgroup);
-        let slowed = group.high.filter(|high| high < limit).and_then(|high| below(high).1.further_clones);
-        Ok(Memory {
-            template,
-            resources: vec![cache, host, cgroup],
-            slowed_after: slowed.map(|further| further.estimate),
-        })
+        Ok(Memory { template, resources: vec![cache, host, cgroup], slowed_after })
     }
+}
+
+/// Returns what clones will take, and present clones of these ages.
+fn demand(growth: &Growth, kernel: Interval, lifetime: f64, ages: impl Iterator<Item = f64>) -> Demand<'_> {
+    let mut demand = Demand { growth, kernel, pending: 0.0, remaining: 0.0 };
+    for age in ages {
+        demand.pending += (growth.curve.at(lifetime) - growth.curve.at(age)).max(0.0);
+        if lifetime > 0.0 {
+            demand.remaining += (1.0 - age / lifetime).max(0.0);
+        }
+    }
+    demand
 }
 
 /// Joins the measurements of a recording and of the present clones.

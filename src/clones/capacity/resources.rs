@@ -127,6 +127,8 @@ pub struct Demand<'a> {
     pub kernel: Interval,
     /// What the present clones will take besides what they have.
     pub pending: f64,
+    /// The lifetimes that the present clones have left, in units of a lifetime.
+    pub remaining: f64,
 }
 
 /// Returns free memory with the pages of a template in mind.
@@ -144,8 +146,8 @@ pub fn free_memory(available: Bytes, reserve: Bytes, charged: Bytes, whole_templ
 pub fn memory(resource: Kind, limit: String, free: Interval, demand: &Demand<'_>) -> Resource {
     let Interval { lower, estimate, upper } = demand.growth.mean;
     let one = estimate + demand.kernel.estimate;
-    // The present clones grow along the same curve as further ones.
-    let pending = |mean: f64| if estimate > 0.0 { demand.pending * mean / estimate } else { 0.0 };
+    // The memory that a bound adds to the estimate is taken during the life of a clone.
+    let pending = |mean: f64| (demand.pending + demand.remaining * (mean - estimate)).max(0.0);
     let count = ((free.estimate - pending(estimate)) / one).floor().max(0.0);
     let mean = demand.growth.of_further(count);
     let per_clone = Interval::new(mean.lower + demand.kernel.lower, one, mean.upper + demand.kernel.upper);
@@ -230,6 +232,22 @@ mod tests {
 
     const MIB: f64 = 1_048_576.0;
 
+    #[test]
+    fn present_clones_may_grow_as_much_as_the_bounds_say() {
+        // No growth is measured at equal ages, and growth at four times this age is possible.
+        let samples: Vec<Sample> =
+            (0..20).map(|clone| Sample { clone, age_seconds: 10.0, bytes: 2.0 * MIB }).collect();
+        let growth = Growth::of(&samples, 40.0).unwrap();
+        let kernel = Interval::default();
+        let free = Interval { lower: 200.0 * MIB, estimate: 200.0 * MIB, upper: 200.0 * MIB };
+        let lower = |remaining| {
+            let demand = Demand { growth: &growth, kernel, pending: 0.0, remaining };
+            memory(Kind::HostMemory, String::new(), free, &demand).further_clones.unwrap().lower
+        };
+        // A further clone takes up to 8 MiB, each of 20 present clones 6 MiB × 3/4 more.
+        assert_eq!((lower(0.0), lower(15.0)), (25, 13));
+    }
+
     /// Growth of clones that all take 2 MiB.
     fn growth() -> Growth {
         let samples: Vec<Sample> =
@@ -263,7 +281,7 @@ mod tests {
     fn memory_allows_what_is_free_divided_by_what_a_clone_takes() {
         let growth = growth();
         let kernel = Interval { lower: 0.0, estimate: 0.0, upper: 0.5 * MIB };
-        let demand = Demand { growth: &growth, kernel, pending: 20.0 * MIB };
+        let demand = Demand { growth: &growth, kernel, pending: 20.0 * MIB, remaining: 0.0 };
         let free = Interval { lower: 100.0 * MIB, estimate: 121.0 * MIB, upper: 140.0 * MIB };
         let found = memory(Kind::HostMemory, String::new(), free, &demand).further_clones;
         assert_eq!(found, Some(Bounds { lower: 32, estimate: 50, upper: 60 }));

@@ -40,11 +40,16 @@ impl Clones {
 
     /// Measures `count` clones ten times each, until this age.
     fn measured(&mut self, count: usize, oldest: f64) -> Vec<Sample> {
+        self.measured_often(count, oldest, 10)
+    }
+
+    /// Measures `count` clones so many times each, until this age.
+    fn measured_often(&mut self, count: usize, oldest: f64, times: u32) -> Vec<Sample> {
         let mut samples = Vec::new();
         for clone in 0..count {
             let factor = self.factor();
-            for step in 1..=10 {
-                let age_seconds = oldest * f64::from(step) / 10.0;
+            for step in 1..=times {
+                let age_seconds = oldest * f64::from(step) / f64::from(times);
                 let noise = 1.0 + 0.02 * self.random.normal();
                 samples.push(Sample { clone, age_seconds, bytes: (self.mean)(age_seconds) * factor * noise });
             }
@@ -114,6 +119,25 @@ fn the_truth_lies_in_at_least_95_percent_of_the_intervals() {
             println!("{shape:?} of {measured} clones, age {age}: {inside} of 100 inside, {widest}");
             assert!(inside >= 95, "{shape:?} of {measured} clones, age {age}: {inside} of 100 inside");
             assert!(widest <= most, "{shape:?} of {measured} clones, age {age}: {widest}");
+        }
+    }
+}
+
+#[test]
+fn other_curves_lie_in_the_intervals_however_often_clones_are_measured() {
+    let power: Mean = |age| MIB + 0.2 * MIB * age.powf(0.7);
+    let logarithm: Mean = |age| MIB + MIB * (1.0 + age / 5.0).ln();
+    for (name, mean) in [("power", power), ("logarithm", logarithm)] {
+        for times in [10, 360] {
+            let is_inside = |seed: u64| {
+                let mut clones = Clones::new(mean, 2000 + seed);
+                let growth = Growth::of(&clones.measured_often(20, 100.0, times), 400.0).unwrap();
+                let interval = growth.of_further(40.0);
+                (interval.lower..=interval.upper).contains(&clones.further(40, 400.0))
+            };
+            let inside = (0..100).filter(|seed| is_inside(*seed)).count();
+            println!("{name}, {times} samples of each clone: {inside} of 100 inside");
+            assert!(inside >= 95, "{name}, {times} samples of each clone: {inside} of 100 inside");
         }
     }
 }

@@ -5,6 +5,9 @@ use std::str::FromStr;
 
 use crate::error::Error;
 
+/// Longest time of an option, 136 years. Longer times have the same effect, and the sum with an `Instant` may overflow.
+const LONGEST: std::time::Duration = std::time::Duration::from_secs(1 << 32);
+
 /// Parses a value, for `#[arg(value_parser = word::<T>)]`.
 ///
 /// # Errors
@@ -42,7 +45,7 @@ pub fn read_ahead(text: &str) -> Result<crate::units::Bytes, String> {
 /// # Errors
 /// Same as [`word`].
 pub fn seconds(text: &str) -> Result<std::time::Duration, String> {
-    crate::control::parse_seconds(text).map_err(explain)
+    crate::control::parse_seconds(text).map(|time| time.min(LONGEST)).map_err(explain)
 }
 
 /// A label of a template or a clone.
@@ -75,5 +78,19 @@ fn explain(error: Error) -> String {
     match error.hint_text() {
         Some(remedy) => format!("{error}; {remedy}"),
         None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_any_time_can_be_computed() {
+        for (text, expected) in [("1e19", LONGEST), ("1e9", std::time::Duration::from_secs(1_000_000_000))] {
+            let time = seconds(text).unwrap();
+            assert_eq!(time, expected);
+            assert!(std::time::Instant::now().checked_add(time).is_some());
+        }
     }
 }

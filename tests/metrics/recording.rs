@@ -119,17 +119,24 @@ fn a_killed_recorder_loses_at_most_its_last_sample() {
     // A recording that is thinned out meanwhile keeps its first sample, its order and its size.
     let first = samples(&file).remove(0);
     let max = fs::metadata(&file).unwrap().len();
+    let inode = || std::os::unix::fs::MetadataExt::ino(&fs::metadata(&file).unwrap());
+    let mut thinned = 0;
     for round in 0..host::rounds(12, 100) {
+        let before = inode();
         let mut recorder = start(&world, &["--interval", "0.001", "--max-size", &max.to_string()]);
         std::thread::sleep(Duration::from_millis(100 + round * 7 % 50));
         recorder.kill().unwrap();
         recorder.wait().unwrap();
+        thinned += u32::from(inode() != before);
         let left = samples(&file);
         assert_eq!(left[0], first);
         assert!(left.is_sorted_by(|a, b| a.time <= b.time));
         assert!(fs::metadata(&file).unwrap().len() <= max);
     }
+    // A thinned file has a new inode.
+    assert!(thinned > 0);
     world.stencil(&["record", "web.rec", "--count", "1", "--max-size", &max.to_string()]).ok();
+    assert!(!world.dir().join(".web.rec.thinned").exists());
 }
 
 #[test]

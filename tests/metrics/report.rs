@@ -15,6 +15,9 @@ use crate::support::mount::TestMount;
 /// Widths of a phone and a desktop screen, in pixels.
 const WIDTHS: [u32; 2] = [360, 1440];
 
+/// Makes Chromium prefer dark colours.
+const DARK: &str = "--blink-settings=preferredColorScheme=0";
+
 /// Records clones that copy more and more pages.
 fn recorded() -> (TestMount, Vec<Actor>) {
     let (world, digest) = world("decode", 16 * MIB);
@@ -182,10 +185,19 @@ fn pictures_tables_and_json_have_the_same_numbers() {
         // As the reader sees it, without a script.
         let (_, console) = chromium(&page, width, 4000, &["--dump-dom"]);
         assert_eq!(console, [""; 0]);
-        let (found, console) = look(&page, width);
+        let (found, console) = look(&page, width, &[]);
         assert_readable(&found, &console, width);
         assert_shows(&found, "", &figures);
+        assert_eq!((&found["dark"], &found["background"]), (&json!(false), &json!("rgb(255, 255, 255)")));
     }
+    let (found, console) = look(&page, 1440, &[DARK]);
+    assert_readable(&found, &console, 1440);
+    assert_shows(&found, "", &figures);
+    assert_eq!((&found["dark"], &found["background"]), (&json!(true), &json!("rgb(20, 23, 26)")));
+    assert_eq!(found["unreadable"], json!([]));
+    let pdf = world.dir().join("web.pdf");
+    chromium(&page, 1440, 4000, &[&format!("--print-to-pdf={}", pdf.display())]);
+    assert!(fs::read(&pdf).unwrap().starts_with(b"%PDF"));
 }
 
 #[test]
@@ -209,7 +221,7 @@ fn a_comparison_shows_both_recordings() {
     let change = |name: &str| changes.iter().find(|change| change["figure"] == name).unwrap();
     assert_eq!((&change("clones")["before"], &change("clones")["after"]), (&json!(7), &json!(2)));
     for width in WIDTHS {
-        let (found, console) = look(&world.dir().join("both.html"), width);
+        let (found, console) = look(&world.dir().join("both.html"), width, &[]);
         assert_readable(&found, &console, width);
         assert_shows(&found, "before-", &both["before"]);
         let rows = found["tables"]["changes"].as_array().unwrap();
@@ -263,7 +275,7 @@ fn text_of_others_stays_text() {
     fs::write(world.dir().join(name), hostile.join("\n") + "\n").unwrap();
     world.stencil(&["report", name, "--output", "page.html"]).ok();
     let page = world.dir().join("page.html");
-    let (found, console) = look(&page, 1440);
+    let (found, console) = look(&page, 1440, &[]);
     assert_readable(&found, &console, 1440);
     // The figures, and the script of this test.
     assert_eq!(found["scripts"], 2);
@@ -294,7 +306,7 @@ fn the_browser_reports_errors_and_bad_layout() {
     let (_, console) = chromium(&script, 360, 600, &["--dump-dom"]);
     assert_eq!(console.len(), 1, "the policy does not forbid a script: {console:?}");
     let wide = page("wide.html", "<p style='width:500px'>a</p><h1 style='position:absolute;top:0'>b</h1>");
-    let (found, _) = look(Path::new(&wide), 360);
+    let (found, _) = look(Path::new(&wide), 360, &[]);
     assert!(number(&found, "scroll_width") > 500, "{found:#}");
     assert_eq!(found["overlaps"].as_array().unwrap().len(), 1, "{found:#}");
 }

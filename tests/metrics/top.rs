@@ -56,7 +56,8 @@ pub fn clone_of(sample: &Value, pid: u32) -> &Value {
 
 /// Removes the fields that `density` does not have.
 fn as_density(mut sample: Value) -> Value {
-    let added = ["time", "interval_seconds", "copied_pages_per_second", "templates_age_seconds", "unseen"];
+    let added =
+        ["time", "interval_seconds", "copied_pages_per_second", "templates_age_seconds", "unseen", "problem"];
     let fields = sample.as_object_mut().unwrap();
     for field in added {
         assert!(fields.remove(field).is_some(), "{field}");
@@ -126,7 +127,7 @@ fn samples_have_the_rate_of_each_clone() {
     let sample = wait_for("the copied pages", || {
         let sample = watch.sample();
         let seconds = sample["interval_seconds"].as_f64().unwrap();
-        assert!(seconds > 0.1, "{sample:#}");
+        assert!(seconds > 0.0, "{sample:#}");
         copied += clone_of(&sample, active.pid())["copied_pages_per_second"].as_f64().unwrap() * seconds;
         all += sample["copied_pages_per_second"].as_f64().unwrap() * seconds;
         assert_eq!(clone_of(&sample, idle.pid())["copied_pages_per_second"], 0.0);
@@ -169,22 +170,23 @@ fn the_terminal_is_restored_by_keys_and_signals() {
     let signal =
         |terminal: &Terminal, signal| kill_process(Pid::from_child(&terminal.child), signal).unwrap();
     type End<'a> = (&'a str, &'a dyn Fn(&Terminal));
-    let ends: [End<'_>; 5] = [
+    let ends: [End<'_>; 6] = [
         ("q", &|terminal| terminal.press("q")),
         ("Esc", &|terminal| terminal.press("\x1b")),
         ("Ctrl-C", &|terminal| terminal.press("\x03")),
         ("SIGTERM", &|terminal| signal(terminal, Signal::TERM)),
+        ("SIGTERM twice", &|terminal| (0..2).for_each(|_| signal(terminal, Signal::TERM))),
         ("SIGHUP", &|terminal| signal(terminal, Signal::HUP)),
     ];
     let settings = Terminal::run(std::process::Command::new("true"), 80, 24).settings();
-    for (has_colours, (name, end)) in [true, false, false, true, true].into_iter().zip(ends) {
+    for (has_colours, (name, end)) in [true, false, false, true, true, false].into_iter().zip(ends) {
         let mut terminal = start(has_colours);
         for id in &ids {
             terminal.wait_for(&id[..12.min(id.len())]);
         }
         assert_ne!(terminal.settings(), settings, "raw mode");
         // The strip needs a second sample.
-        terminal.wait_for(if has_colours { "░" } else { "c" });
+        terminal.wait_for(if has_colours { "░" } else { "ccc" });
         terminal.press("?");
         // A word of the help, in a line that was empty: only cells that change are written.
         terminal.wait_for("clean:");

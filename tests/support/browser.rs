@@ -31,7 +31,7 @@ pub fn chromium(page: &Path, width: u32, height: u32, options: &[&str]) -> (Stri
 /// Loads a copy of the page in a window of this width, and runs `look.js` in it. Returns what the script found, and the
 /// console. The copy allows scripts, which the page itself forbids.
 #[track_caller]
-pub fn look(page: &Path, width: u32) -> (Value, Vec<String>) {
+pub fn look(page: &Path, width: u32, options: &[&str]) -> (Value, Vec<String>) {
     let text = fs::read_to_string(page).unwrap();
     let policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">";
     assert!(text.contains(policy), "{} has no policy against scripts", page.display());
@@ -40,7 +40,7 @@ pub fn look(page: &Path, width: u32) -> (Value, Vec<String>) {
     let copy = page.with_extension(format!("{width}.html"));
     let text = text.replace(policy, "").replace("</body>", &format!("<script>\n{script}</script></body>"));
     fs::write(&copy, text).unwrap();
-    let (dom, console) = chromium(&copy, width, 4000, &["--dump-dom"]);
+    let (dom, console) = chromium(&copy, width, 4000, &[&["--dump-dom"], options].concat());
     let findings = dom.split("id=\"findings\">").nth(1).and_then(|rest| rest.split("</script>").next());
     let findings = findings.unwrap_or_else(|| panic!("the script failed: {console:?}"));
     (serde_json::from_str(findings).unwrap(), console)

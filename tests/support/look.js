@@ -56,7 +56,21 @@ const cut = [...document.querySelectorAll("svg text")].filter((text) => {
 // A cell that is narrower than its words.
 const narrow = [...document.querySelectorAll("td, th")].filter((cell) =>
     cell.getBoundingClientRect().height > 160 && cell.textContent.length < 80);
+// The brightness of a colour, from 0 to 255.
+const brightness = (color) => {
+    const [red, green, blue] = color.match(/[\d.]+/g).map(Number);
+    return 0.3 * red + 0.6 * green + 0.1 * blue;
+};
+const background = getComputedStyle(document.body).backgroundColor;
+// A text with hardly another brightness than the page.
+const unreadable = [...document.querySelectorAll("h1, h2, h3, p, dt, dd, td, th, svg text")].filter((text) => {
+    const { color, fill } = getComputedStyle(text);
+    return Math.abs(brightness(text.closest("svg") ? fill : color) - brightness(background)) < 60;
+});
 const findings = {
+    dark: matchMedia("(prefers-color-scheme: dark)").matches,
+    background,
+    unreadable: unreadable.map((text) => text.textContent),
     inner_width: window.innerWidth,
     scroll_width: document.documentElement.scrollWidth,
     overlaps: overlaps([...document.querySelectorAll("h1, h2, h3, p, figure, .scroll, .answers div")]),

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,8 +17,9 @@ use crate::cli::{Global, interrupt, value_parsers};
 use crate::clones::counted;
 use crate::clones::recording::{Measuring, Recorder, Sample};
 use crate::control;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::sanitize::{self, path_text, sanitize};
+use crate::sys::process::threads;
 use crate::units::Bytes;
 
 /// Longest time until a signal ends a wait.
@@ -39,7 +41,7 @@ pub struct RecordArgs {
     /// Seconds from one sample to the next
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = value_parsers::seconds)]
     interval: Duration,
-    /// End after this number of samples
+    /// End after this number of measurements
     #[arg(long, value_name = "N", conflicts_with = "duration", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     /// End after this time
@@ -70,8 +72,8 @@ struct Recorded {
 /// Records until the limit or a signal.
 ///
 /// # Errors
-/// Returns an error if the first measurement fails or the file cannot be written. A later measurement that fails is
-/// reported on standard error, and the next one follows.
+/// Returns an error if the first sample cannot be measured or written. A later sample that cannot is reported on standard
+/// error, and the next one follows, unless the file was moved or no longer has room for a sample.
 pub fn run(args: &RecordArgs, global: &Global) -> Result<Done> {
     if args.interval.is_zero() {
         return Err(Error::usage("--interval must be longer than 0")
@@ -79,14 +81,18 @@ pub fn run(args: &RecordArgs, global: &Global) -> Result<Done> {
     }
     let filter = StoreFilter::of(global)?;
     let stop = interrupt::flag()?;
-    let mut measuring = Measuring::new()?;
-    let mut sample = || -> Result<Sample> {
+    let (mut measuring, with_reasons) = (Measuring::new()?, args.why);
+    let sample = move || -> Result<Sample> {
         let mut mounts = control::mounts_and_dead()?;
         mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
-        measuring.sample(&mounts, args.why)
+        measuring.sample(&mounts, with_reasons)
     };
+    let measure = on_a_thread(sample, &stop)?;
     // A recording without any sample is of no use, so the file is created after the first measurement.
-    let first = sample()?;
+    let Some(first) = measure() else {
+        return Err(Error::failed("interrupted before the first sample").hint("run the command again"));
+    };
+    let first = first?;
     let mut recorder = Recorder::open(&args.file, args.max_size)?;
     recorder.append(&first)?;
     let (mut samples, mut failed, mut clones) = (1, 0, first.totals.clones);
@@ -94,15 +100,16 @@ pub fn run(args: &RecordArgs, global: &Global) -> Result<Done> {
     let mut next = began;
     while args.count.is_none_or(|count| samples + failed < count) {
         next = following(next, args.interval, Instant::now());
-        if args.duration.is_some_and(|limit| next > began + limit) || !wait_until(next, &stop) {
+        if args.duration.is_some_and(|limit| next.duration_since(began) > limit) || !wait_until(next, &stop) {
             break;
         }
-        match sample() {
+        let Some(sample) = measure() else { break };
+        match sample.and_then(|sample| recorder.append(&sample).map(|()| sample)) {
             Ok(sample) => {
-                recorder.append(&sample)?;
                 samples += 1;
                 clones = sample.totals.clones;
             }
+            Err(error) if error.code() == Code::Usage || !recorder.is_in_place() => return Err(error),
             Err(error) => {
                 failed += 1;
                 print_error("no sample: ", &error);
@@ -117,6 +124,29 @@ pub fn run(args: &RecordArgs, global: &Global) -> Result<Done> {
         file_samples: recorder.samples(),
         file_bytes: recorder.length(),
     }))
+}
+
+/// Starts a thread that takes samples. Returns a function that waits for the next one, or returns `None` after a signal: a
+/// server may not answer.
+fn on_a_thread(
+    mut sample: impl FnMut() -> Result<Sample> + Send + 'static,
+    stop: &AtomicBool,
+) -> Result<impl Fn() -> Option<Result<Sample>>> {
+    let ((requests, inbox), (sender, results)) = (mpsc::channel::<()>(), mpsc::channel());
+    threads::start(move || while inbox.recv().is_ok() && sender.send(sample()).is_ok() {})?;
+    Ok(move || {
+        let _ = requests.send(());
+        loop {
+            match results.recv_timeout(POLL_INTERVAL) {
+                Ok(sample) => return Some(sample),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Some(Err(Error::failed("the thread of the measurement has ended")));
+                }
+                Err(RecvTimeoutError::Timeout) if stop.load(Ordering::Relaxed) => return None,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    })
 }
 
 /// Returns the time of the next measurement: whole intervals after `last`. Times that have passed are left out.
@@ -169,6 +199,17 @@ mod tests {
         assert_eq!(following(start, second, start + Duration::from_millis(2500)), start + 3 * second);
         assert!(following(start, Duration::MAX, start) > start);
         assert!(following(start, Duration::from_nanos(1), start + 100 * second) > start + 4 * second);
+    }
+
+    #[test]
+    fn a_signal_ends_a_measurement_that_does_not_return() {
+        let (stop, (release, gate)) = (AtomicBool::new(false), mpsc::channel::<()>());
+        let sample = move || gate.recv().map(|()| Sample::default()).map_err(|_| Error::failed("released"));
+        let measure = on_a_thread(sample, &stop).unwrap();
+        release.send(()).unwrap();
+        assert!(measure().unwrap().is_ok());
+        stop.store(true, Ordering::Relaxed);
+        assert!(measure().is_none());
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl App {
         }
     }
 
-    /// Takes the time for which a sample has been awaited.
+    /// Reports a sample that takes longer than 2 s.
     pub fn waits(&mut self, time: Option<Duration>) {
         if let Some(time) = time.filter(|time| *time >= Duration::from_secs(2)) {
             self.problem = Some(format!("the measurement takes {} s", time.as_secs()));

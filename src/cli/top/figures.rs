@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+use serde_json::json;
 
 use crate::clones::accounting::sampler::{BlockedProcess, Layout, Sample, SampledTemplates};
 use crate::clones::accounting::{CloneRow, TemplateMemory, Totals};
@@ -42,15 +43,20 @@ pub struct Figures {
     /// Age of the figures of the templates.
     pub templates_age_seconds: Option<f64>,
     /// Processes that could not be inspected, and may be clones.
-    pub unseen: Vec<u32>,
-    #[serde(skip)]
+    #[serde(rename = "unseen", serialize_with = "unseen")]
     pub blocked: Vec<BlockedProcess>,
     /// Labels of the templates.
     #[serde(skip)]
     pub labels: HashMap<Digest, Vec<String>>,
     /// Why the figures of the templates are old.
-    #[serde(skip)]
     pub problem: Option<String>,
+}
+
+fn unseen<S: Serializer>(processes: &[BlockedProcess], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(processes.iter().map(|blocked| {
+        let id = blocked.clone.as_ref().map(|(id, _)| id);
+        json!({"pid": blocked.process.pid, "id": id, "command": blocked.command})
+    }))
 }
 
 /// The copied pages of each process in the last sample.
@@ -82,7 +88,6 @@ impl Rates {
             totals: None,
             copied_pages_per_second,
             templates_age_seconds: None,
-            unseen: sample.blocked.iter().map(|process| process.process.pid).collect(),
             blocked: sample.blocked,
             labels: HashMap::new(),
             problem: sample.problem,

@@ -1,6 +1,6 @@
 //! `stencil top`: shows templates and clones, and what the clones copy each second.
 //!
-//! A thread of its own measures (`sampling.rs`), so that the screen and the keyboard never wait for a measurement.
+//! A separate thread measures (`sampling.rs`), so the screen and the keyboard never wait.
 
 mod app;
 mod figures;
@@ -29,6 +29,9 @@ use crate::cli::{Global, value_parsers};
 use crate::control;
 use crate::error::{Error, Result};
 
+/// Number of threads that `--once` replaces before it gives up.
+const MAX_REPLACED: u32 = 2;
+
 /// Watch templates and clones, and the pages that clones copy
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -51,12 +54,13 @@ pub struct TopArgs {
 /// Runs until the user or a signal ends the command.
 ///
 /// # Errors
-/// Returns [`Code::Usage`](crate::error::Code::Usage) without a terminal, and an error if the first sample fails.
+/// Returns [`Code::Usage`](crate::error::Code::Usage) without a terminal, an error if the first sample fails, and with
+/// `--once` [`Code::TryAgain`](crate::error::Code::TryAgain) if the measurement does not return.
 pub fn run(args: &TopArgs, global: &Global) -> Result<Done> {
     let is_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     if !args.once && !global.json && !is_terminal {
         return Err(Error::usage("standard input or output is not a terminal")
-            .hint("add --once for one sample as text, or --json for one JSON object a sample"));
+            .hint("add --once for one sample as text, or --json for one JSON object per sample"));
     }
     let filter = StoreFilter::of(global)?;
     let mounts = move || {
@@ -67,7 +71,7 @@ pub fn run(args: &TopArgs, global: &Global) -> Result<Done> {
     let (sender, events) = mpsc::channel();
     let mut sampling = Sampling::start(mounts, args.interval, sender.clone())?;
     if args.once {
-        let frame = Frame::new(next(&mut sampling, &events, &mut Rates::default())?, args.sort);
+        let frame = Frame::new(next(&mut sampling, &events, &mut Rates::default(), MAX_REPLACED)?, args.sort);
         frame.check()?;
         return Ok(Done::report(frame));
     }
@@ -78,10 +82,18 @@ pub fn run(args: &TopArgs, global: &Global) -> Result<Done> {
     Ok(Done::silent())
 }
 
-/// Waits for the next sample.
-fn next(sampling: &mut Sampling, events: &mpsc::Receiver<Event>, rates: &mut Rates) -> Result<Figures> {
+/// Waits for the next sample, until more threads than this number had to be replaced.
+fn next(
+    sampling: &mut Sampling,
+    events: &mpsc::Receiver<Event>,
+    rates: &mut Rates,
+    max_replaced: u32,
+) -> Result<Figures> {
     loop {
         let wait = sampling.poll(Default::default)?;
+        if sampling.replaced() > max_replaced {
+            return Err(Error::try_again("the measurement does not return").hint(text::FIND_SERVER));
+        }
         if let Ok(Event::Sampled(number, sample)) = events.recv_timeout(wait)
             && let Some(sample) = sampling.accept(number, *sample)
         {
@@ -95,7 +107,7 @@ fn next(sampling: &mut Sampling, events: &mpsc::Receiver<Event>, rates: &mut Rat
 fn lines(sampling: &mut Sampling, events: &mpsc::Receiver<Event>, sort: SortKey) -> Result<Done> {
     let (mut rates, mut is_first) = (Rates::default(), true);
     loop {
-        match next(sampling, events, &mut rates) {
+        match next(sampling, events, &mut rates, u32::MAX) {
             Ok(figures) => {
                 let line = with_schema(Frame::new(figures, sort).json());
                 let mut out = io::stdout().lock();

@@ -247,7 +247,6 @@ pub mod tests {
             totals: Some(totals),
             copied_pages_per_second: Some(247.5),
             templates_age_seconds: Some(0.0),
-            unseen: vec![77],
             blocked: vec![BlockedProcess {
                 process: ProcessId { pid: 77, identity: 77 },
                 command: "actor".into(),

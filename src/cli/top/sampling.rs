@@ -1,4 +1,4 @@
-//! Measures on a thread of its own. A thread that does not return is replaced.
+//! Runs measurements on a separate thread, and replaces a thread that does not return.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::control::Mount;
 use crate::error::Result;
 use crate::sys::process::{ProcessId, threads};
 
-/// A sample that takes longer is stuck. A process can block the measurement after it was found.
+/// Least time after which a sample is stuck. A process can block the measurement after it was found.
 const STUCK_AFTER: Duration = Duration::from_secs(5);
 
 /// Maximum number of threads, with those that are stuck.
@@ -51,6 +51,10 @@ pub struct Sampling {
     /// Number of the present thread. Samples of earlier ones are ignored.
     number: u32,
     requests: Sender<Shown>,
+    /// A sample that takes longer is stuck. Grows with the time that samples take.
+    stuck_after: Duration,
+    /// Number of threads that were replaced since the last sample.
+    replaced: u32,
     /// Time of the request that has no sample yet, and CPU time of this process until then.
     requested: Option<(Instant, Duration)>,
     due: Instant,
@@ -74,6 +78,8 @@ impl Sampling {
             running: Arc::default(),
             number: 0,
             requests: mpsc::channel().0,
+            stuck_after: STUCK_AFTER,
+            replaced: 0,
             requested: None,
             due: Instant::now(),
         };
@@ -105,11 +111,14 @@ impl Sampling {
     /// Returns an error if another thread cannot be started.
     pub fn poll(&mut self, shown: impl FnOnce() -> Shown) -> Result<Duration> {
         if let Some((at, _)) = self.requested {
-            let left = STUCK_AFTER.saturating_sub(at.elapsed());
+            let left = self.stuck_after.saturating_sub(at.elapsed());
             if !left.is_zero() || Arc::strong_count(&self.running) > MAX_THREADS {
                 return Ok(left.max(Duration::from_millis(100)));
             }
             self.start_thread()?;
+            // The sample may be slow instead.
+            self.stuck_after *= 2;
+            self.replaced += 1;
             self.requested = None;
             self.due = Instant::now();
         }
@@ -117,10 +126,10 @@ impl Sampling {
         if !left.is_zero() {
             return Ok(left);
         }
-        // The thread ends only after a panic, which ends the command too.
+        // The thread has ended only after a panic: the command ends, or replaces the thread as one that is stuck.
         let _ = self.requests.send(shown());
         self.requested = Some((Instant::now(), cpu_time()));
-        Ok(STUCK_AFTER)
+        Ok(self.stuck_after)
     }
 
     /// Returns a sample, unless a thread that was replaced has sent it.
@@ -129,8 +138,15 @@ impl Sampling {
             return None;
         }
         let (at, before) = self.requested.take()?;
+        self.stuck_after = STUCK_AFTER.max(4 * at.elapsed());
+        self.replaced = 0;
         self.due = at + pause(self.interval, cpu_time().saturating_sub(before));
         Some(sample)
+    }
+
+    /// Returns the number of threads that were replaced since the last sample.
+    pub fn replaced(&self) -> u32 {
+        self.replaced
     }
 
     /// Returns the time since a request that has no sample yet.
@@ -182,10 +198,16 @@ mod tests {
         // As if the request were old.
         sampling.requested = sampling.requested.map(|(at, cpu)| (at - 2 * STUCK_AFTER, cpu));
         sampling.poll(Shown::default).unwrap();
+        assert_eq!((sampling.replaced(), sampling.stuck_after), (1, 2 * STUCK_AFTER));
+        // The next sample takes longer than STUCK_AFTER, and is waited for.
+        sampling.requested = sampling.requested.map(|(at, cpu)| (at - 3 * STUCK_AFTER / 2, cpu));
+        sampling.poll(Shown::default).unwrap();
+        assert_eq!(sampling.replaced(), 1);
         let Event::Sampled(number, sample) = inbox.recv().unwrap() else { panic!() };
         let sample = sampling.accept(number, *sample).expect("the sample of the second thread");
         assert_eq!(sample.unwrap_err().message(), "no mounts");
         assert!(sampling.waits().is_none());
+        assert!(sampling.replaced() == 0 && sampling.stuck_after >= 6 * STUCK_AFTER);
         drop(release);
         let Event::Sampled(number, sample) = inbox.recv().unwrap() else { panic!() };
         assert!(sampling.accept(number, *sample).is_none());

@@ -149,7 +149,7 @@ impl Page<'_> {
         let size = |bytes: Option<Bytes>| bytes.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string());
         let history = &app.history;
         self.total("host memory", &size(totals.map(|t| t.host_bytes)), &history.host_bytes);
-        self.total("copied", &size(totals.map(|t| t.private_bytes)), &history.private_bytes);
+        self.total("copied, in RAM", &size(totals.map(|t| t.private_bytes)), &history.private_bytes);
         let pages = rate(figures.copied_pages_per_second);
         self.total("copied pages/s", &pages, &history.copied_pages_per_second);
     }

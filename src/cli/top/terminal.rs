@@ -18,7 +18,6 @@ use super::figures::Rates;
 use super::keys::Key;
 use super::sampling::{Event, Sampling};
 use super::screen::{self, Palette};
-use crate::cli::interrupt;
 use crate::error::{Error, Result};
 use crate::sys::process::threads;
 
@@ -27,6 +26,10 @@ const FRAME_INTERVAL: Duration = Duration::from_secs(1);
 
 const ENTER: &str = "\x1b[?1049h\x1b[?25l";
 const LEAVE: &str = "\x1b[?25h\x1b[?1049l";
+
+/// Time in which the command ends after a signal. After that, another signal ends the process even if the terminal
+/// accepts no output.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The settings of the terminal before this command.
 static BEFORE: OnceLock<Termios> = OnceLock::new();
@@ -71,7 +74,12 @@ fn write(text: &str) -> io::Result<()> {
 
 /// Errors have no remedy: the terminal is gone.
 fn restore() {
+    restore_settings();
     let _ = write(LEAVE);
+}
+
+/// Does not wait for a terminal that accepts no output.
+fn restore_settings() {
     if let Some(before) = BEFORE.get() {
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, before);
     }
@@ -87,8 +95,6 @@ pub fn run(
     sender: Sender<Event>,
     events: &Receiver<Event>,
 ) -> Result<()> {
-    // A second signal ends the process at once, even if the terminal accepts no output.
-    interrupt::flag()?;
     watch_signals(sender.clone())?;
     let raw = Raw::enter()?;
     watch_keys(sender)?;
@@ -143,7 +149,14 @@ fn watch_signals(sender: Sender<Event>) -> Result<()> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGWINCH]);
     let mut signals = signals.map_err(|e| Error::failed("cannot handle signals").because(e))?;
     threads::start(move || {
+        let mut has_ended = false;
         for signal in signals.forever() {
+            if signal != SIGWINCH && std::mem::replace(&mut has_ended, true) {
+                // The first signal ends the command, unless the terminal accepts no output.
+                std::thread::sleep(END_TIMEOUT);
+                restore_settings();
+                std::process::exit(128 + signal);
+            }
             let event = if signal == SIGWINCH { Event::Resized } else { Event::Ended };
             if sender.send(event).is_err() {
                 return;

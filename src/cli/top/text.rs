@@ -13,6 +13,10 @@ use crate::clones::counted;
 use crate::error::{Error, Result};
 use crate::units::Bytes;
 
+/// The hint of an error about a measurement that does not return.
+pub const FIND_SERVER: &str =
+    "run 'stencil status' and 'stencil doctor' to find the server that does not answer";
+
 /// A sample that is printed.
 pub struct Frame {
     figures: Figures,
@@ -30,8 +34,7 @@ impl Frame {
     /// Returns [`Code::TryAgain`](crate::error::Code::TryAgain) if they could not be measured.
     pub fn check(&self) -> Result<()> {
         match (&self.figures.totals, &self.figures.problem) {
-            (None, Some(problem)) => Err(Error::try_again(problem.clone())
-                .hint("run 'stencil status' and 'stencil doctor' to find the server that does not answer")),
+            (None, Some(problem)) => Err(Error::try_again(problem.clone()).hint(FIND_SERVER)),
             _ => Ok(()),
         }
     }
@@ -97,8 +100,8 @@ impl Report for Frame {
         if let Some(bytes) = totals.bytes_per_further_clone {
             writeln!(out, "  {:<22}{:>10}", "one more clone", bytes.to_string())?;
         }
-        if !self.figures.unseen.is_empty() {
-            let count = self.figures.unseen.len() as u64;
+        if !self.figures.blocked.is_empty() {
+            let count = self.figures.blocked.len() as u64;
             let processes = counted(count, "process", "processes");
             writeln!(out, "  not counted: {processes} that cannot be inspected")?;
         }
@@ -128,6 +131,9 @@ mod tests {
         assert_eq!(line("77"), ["77", "77", "blocked", "-", "-", "-", "-", "actor"]);
         assert_eq!(line("c12")[..5], ["c12", "12", "-", "23.4", "MiB"]);
         assert!(text.contains("5 clones, host memory 130 MiB\n"), "{text}");
+        let json = Frame::new(figures(), SortKey::Copied).json();
+        assert_eq!(json["unseen"], serde_json::json!([{"pid": 77, "id": null, "command": "actor"}]));
+        assert!(json["problem"].is_null() && json.get("blocked").is_none(), "{json}");
         assert!(text.ends_with("not counted: 1 process that cannot be inspected\n"), "{text}");
     }
 

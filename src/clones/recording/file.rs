@@ -23,6 +23,9 @@ const MAX_LINE: u64 = 256 << 20;
 /// Maximum length of the header.
 const MAX_HEADER: u64 = 4096;
 
+/// Warning about a last line that a crash has cut.
+const UNREADABLE: &str = "dropping an incomplete or unreadable last sample";
+
 /// Size of a read when searching backwards for a line feed.
 const CHUNK: u64 = 64 << 10;
 
@@ -85,14 +88,21 @@ impl Recording {
     /// Iterates over the samples in the order in which they were taken. Can be called again.
     ///
     /// The items are errors if the file cannot be read, and [`Code::Damage`](crate::error::Code) for a line that is not a
-    /// sample. Nothing follows an error.
+    /// sample and has another line behind it. Nothing follows an error.
     pub fn samples(&self) -> Samples<'_> {
         Samples(self.lines())
     }
 
     fn lines(&self) -> Lines<'_> {
         let part = Part { file: &self.file, offset: self.start, end: self.end };
-        Lines { path: &self.path, reader: BufReader::new(part), number: 1, start: self.start, is_over: false }
+        Lines {
+            path: &self.path,
+            reader: BufReader::new(part),
+            number: 1,
+            start: self.start,
+            end: self.end,
+            is_over: false,
+        }
     }
 }
 
@@ -138,6 +148,8 @@ struct Lines<'a> {
     number: u64,
     /// Offset of the next line.
     start: u64,
+    /// End of the last line.
+    end: u64,
     is_over: bool,
 }
 
@@ -150,7 +162,8 @@ impl Lines<'_> {
             .hint("remove the line from a copy of the recording")
     }
 
-    /// Returns the next line with its place in the file. Nothing follows an error.
+    /// Returns the next line with its place in the file. Nothing follows an error. A last line that cannot be parsed was
+    /// cut by a crash, and is left out.
     fn parse_next<T: DeserializeOwned>(&mut self) -> Option<Result<((u64, u64), T)>> {
         if self.is_over {
             return None;
@@ -161,9 +174,14 @@ impl Lines<'_> {
             Ok(0) => None,
             Ok(_) => {
                 let (start, length) = (self.start, text.len() as u64);
+                let parsed = serde_json::from_slice(&text);
+                if parsed.is_err() && start + length == self.end {
+                    log::warn!("{}: {UNREADABLE}", self.path.display());
+                    self.is_over = true;
+                    return None;
+                }
                 self.start += length;
                 self.number += 1;
-                let parsed = serde_json::from_slice(&text);
                 Some(parsed.map(|found| ((start, length), found)).map_err(|e| self.damage(&e)))
             }
             Err(e) => {
@@ -224,16 +242,18 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Opens a recording for appending, or creates the recording. An incomplete last line is cut off.
+    /// Opens a recording for appending, or creates the recording. An incomplete or unreadable last line is cut off.
     ///
     /// # Errors
     /// Returns [`Code::InUse`](crate::error::Code) if another recorder has the file,
     /// [`Code::Usage`](crate::error::Code) if the file is not a recording, and [`Code::Damage`](crate::error::Code) if one
-    /// of its lines is not a sample.
+    /// of its other lines is not a sample.
     pub fn open(path: &Path, max_size: Bytes) -> Result<Recorder> {
         let (folder, name) = folder_of(path)?;
         let file = lock(path, &folder, &name)?;
         let failed = |e| Error::io("cannot write the recording", path, e);
+        // A recorder that was killed may have left it.
+        let _ = folder.remove_file(thinned(&name));
         let header = header_line()?;
         let length = file.metadata().map_err(failed)?.len();
         if end_of_last_line(&file, length).map_err(failed)? == 0 {
@@ -251,11 +271,21 @@ impl Recorder {
             let ((start, length), Timed { time }) = line?;
             lines.push(Line { start, length, time });
         }
-        let Recording { path, file, end: length, .. } = recording;
+        let mut length = all.start;
+        // The list of lines needs only their times.
+        if let Some(last) = lines.last() {
+            let mut text = vec![0; to_usize(last.length)];
+            recording.file.read_exact_at(&mut text, last.start).map_err(failed)?;
+            if serde_json::from_slice::<Sample>(&text).is_err() {
+                length = last.start;
+                lines.pop();
+            }
+        }
+        let Recording { path, file, .. } = recording;
         let is_cut =
             file.metadata().map_err(|e| Error::io("cannot read the recording", &path, e))?.len() > length;
         if is_cut {
-            log::warn!("{}: dropping an incomplete last sample", path.display());
+            log::warn!("{}: {UNREADABLE}", path.display());
             file.set_len(length).map_err(|e| Error::io("cannot write the recording", &path, e))?;
         }
         Ok(Recorder { path, folder, name, file, lines, length, max_size })
@@ -271,6 +301,11 @@ impl Recorder {
         Bytes::new(self.length)
     }
 
+    /// Returns false if the file was moved or removed.
+    pub fn is_in_place(&self) -> bool {
+        is_at(&self.file, &self.folder, &self.name)
+    }
+
     /// Appends a sample durably. If the file would become larger than its maximum size, earlier samples are thinned out
     /// before.
     ///
@@ -282,7 +317,7 @@ impl Recorder {
             .map_err(|e| Error::failed("cannot write a sample as JSON").because(e.into()))?;
         text.push(b'\n');
         let length = text.len() as u64;
-        if !is_at(&self.file, &self.folder, &self.name) {
+        if !self.is_in_place() {
             return Err(Error::failed("the recording was moved or removed while it was written")
                 .at(&self.path)
                 .hint("run the command again to write a new recording"));
@@ -322,9 +357,7 @@ impl Recorder {
         }
         let kept = keep(&self.lines, (max / 2).min(max - used));
         // Only the holder of the lock writes this name; a killed one may have left it.
-        let mut temporary = OsString::from(".");
-        temporary.push(&self.name);
-        temporary.push(".thinned");
+        let temporary = thinned(&self.name);
         let _ = self.folder.remove_file(&temporary);
         let write = |recorder: &Recorder| -> io::Result<(File, Vec<Line>, u64)> {
             let mode = recorder.file.metadata()?.mode() & 0o777;
@@ -355,6 +388,14 @@ impl Recorder {
         log::info!("{}: thinned out to {} samples", self.path.display(), self.lines.len());
         Ok(())
     }
+}
+
+/// Returns the name of the file that replaces a recording.
+fn thinned(name: &OsStr) -> OsString {
+    let mut thinned = OsString::from(".");
+    thinned.push(name);
+    thinned.push(".thinned");
+    thinned
 }
 
 fn header_line() -> Result<Vec<u8>> {

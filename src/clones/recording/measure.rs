@@ -64,10 +64,10 @@ impl Measuring {
     /// # Errors
     /// Same as [`accounting::survey`] and, with reasons, [`accounting::reasons`].
     pub fn sample(&mut self, mounts: &[Mount], with_reasons: bool) -> Result<Sample> {
-        let (time, began) = (Time::now(), Instant::now());
+        let (time, now, began) = (Time::now(), times::since_boot(), Instant::now());
         let survey = accounting::survey(mounts, None)?;
         let host = HostMemory(meminfo(&procfs::read_text(Path::new("/proc/meminfo"))?));
-        let clones = self.clones(&survey)?;
+        let clones = self.clones(&survey, now)?;
         let reasons = with_reasons.then(|| accounting::reasons(mounts, &survey)).transpose()?;
         let stores: BTreeSet<&String> = mounts.iter().map(|mount| &mount.store_id).collect();
         Ok(Sample {
@@ -83,8 +83,8 @@ impl Measuring {
         })
     }
 
-    fn clones(&mut self, survey: &Survey) -> Result<Vec<CloneSample>> {
-        let now = times::since_boot();
+    /// `now` is the time of the sample, since boot.
+    fn clones(&mut self, survey: &Survey, now: Duration) -> Result<Vec<CloneSample>> {
         let mut started = HashMap::new();
         let mut clones = Vec::with_capacity(survey.clones.len());
         for (row, (clone, _)) in survey.density.clones.iter().zip(&survey.clones) {

@@ -84,6 +84,8 @@ fn a_process_stuck_in_exec_delays_no_command_and_is_counted() {
     // Without a watchdog the server stays stopped.
     let world = TestMount::with(&["--serve", "decode", "--watchdog", "0"]);
     let digest = world.import_bytes(&[7; 1 << 20], "web:1");
+    let clones = TestMount::new("decode");
+    clones.import_bytes(&[7; 4096], "web:1");
     let mut stuck = Stuck::new(&world, &digest);
     let pid = stuck.actor.pid();
     let start = Instant::now();
@@ -133,6 +135,14 @@ fn a_process_stuck_in_exec_delays_no_command_and_is_counted() {
     let reply: serde_json::Value = serde_json::from_str(&check.1).unwrap();
     let row = reply["clones"].as_array().unwrap().iter().find(|row| row["pid"] == pid).unwrap();
     assert_eq!((&row["ok"], &row["checks"][0]["name"]), (&false.into(), &"process".into()), "{reply}");
+    // The stuck process may belong to any clone that a command has started.
+    let script = "echo READY=1 >/proc/self/fd/$STENCIL_NOTIFY; exec sleep 1000";
+    let launched = clones.json(&["clone", "web:1", "--ready", "notify", "--", "sh", "-c", script]);
+    let id = launched["clones"][0]["id"].as_str().unwrap();
+    let (code, out, err) = run(&clones, &["check", id]);
+    assert_eq!(code, 6, "{err}");
+    assert!(out.contains(&format!("{id}, process {pid}: failed\n  process: ")), "{out}");
+    clones.stencil(&["stop", id]).ok();
 
     stuck.server.signal(Signal::CONT).unwrap();
     stuck.actor.tell("anon 0 4096");
@@ -270,7 +280,9 @@ fn top_shows_blocked_clones_and_goes_on() {
     let mut stuck = Stuck::new(&other, &other.import_bytes(&[7; 4096], "web:1"));
     let pid = stuck.actor.pid();
     let start_of_wait = Instant::now();
-    let is_unseen = |sample: &serde_json::Value| sample["unseen"].as_array().unwrap().contains(&pid.into());
+    let is_unseen = |sample: &serde_json::Value| {
+        sample["unseen"].as_array().unwrap().iter().any(|process| process["pid"] == pid)
+    };
     wait_for("the stuck process", || Some(next(&mut watch)).filter(is_unseen));
     let took = start_of_wait.elapsed();
     assert!(took < Duration::from_secs(3), "{took:?}");

@@ -197,7 +197,8 @@ fn parts(host: &HostMemory) -> Vec<HostPart> {
     let sum = |fields: &[&str]| fields.iter().filter_map(|field| host.get(field)).sum();
     let mut parts: Vec<HostPart> = [
         ("anonymous memory of processes", sum(&["AnonPages"])),
-        ("page cache, with templates and shared memory", sum(&["Cached", "Buffers", "SwapCached"])),
+        // Not `SwapCached`: its mapped pages are in `AnonPages` already.
+        ("page cache, with templates and shared memory", sum(&["Cached", "Buffers"])),
         ("slab caches of the kernel", sum(&["Slab"])),
         ("page tables", sum(&["PageTables", "SecPageTables"])),
         ("kernel stacks and per-CPU memory", sum(&["KernelStack", "Percpu"])),
@@ -209,7 +210,7 @@ fn parts(host: &HostMemory) -> Vec<HostPart> {
     // The kernel counts these fields one after another, so a sum may exceed the total by a little.
     let known: Bytes = parts.iter().map(|part| part.bytes).sum();
     let rest = total.saturating_sub(known);
-    parts.insert(parts.len() - 1, HostPart { part: "other memory of the kernel", bytes: rest });
+    parts.insert(parts.len() - 1, HostPart { part: "other memory", bytes: rest });
     parts
 }
 
@@ -293,11 +294,18 @@ mod tests {
 
     #[test]
     fn parts_of_the_host_add_up_to_its_memory() {
-        let fields = [("MemTotal", 100), ("AnonPages", 20), ("Cached", 30), ("MemFree", 25), ("Slab", 5)];
+        let fields = [
+            ("MemTotal", 100),
+            ("AnonPages", 20),
+            ("Cached", 30),
+            ("MemFree", 25),
+            ("Slab", 5),
+            ("SwapCached", 9),
+        ];
         let host = HostMemory(fields.map(|(name, n)| (name.to_owned(), Bytes::new(n))).into());
         let parts = parts(&host);
         assert_eq!(parts.iter().map(|part| part.bytes.get()).sum::<u64>(), 100);
-        assert!(parts.contains(&HostPart { part: "other memory of the kernel", bytes: Bytes::new(20) }));
+        assert!(parts.contains(&HostPart { part: "other memory", bytes: Bytes::new(20) }));
         assert_eq!(super::parts(&HostMemory::default()), []);
     }
 }

@@ -43,7 +43,8 @@ pub fn comparison(both: &Comparison) -> Result<String> {
     let headings = ["figure", "before", "after", "difference"].map(|name| Heading(name, None));
     let changes = table("changes", &headings, both.changes.iter().map(change));
     let content = format!(
-        "<h2>Before and after</h2>\n<p>Figures of the last samples.</p>\n{changes}<div class=\"pair\">\n\
+        "<h2>Before and after</h2>\n<p>Totals are of the last sample, the cost of one more \
+         clone of the last sample with clones.</p>\n{changes}<div class=\"pair\">\n\
          <section><h2>Before</h2>\n{}</section>\n<section><h2>After</h2>\n{}</section></div>\n",
         body(&both.before, "before-")?,
         body(&both.after, "after-")?
@@ -118,7 +119,9 @@ fn answers(figures: &Figures) -> String {
 }
 
 fn time_axis(figures: &Figures) -> Axis {
-    Axis::seconds("time since the first sample", figures.history.last().map_or(0.0, |moment| moment.seconds))
+    // The wall clock may have been set back.
+    let last = figures.history.iter().map(|moment| moment.seconds).fold(0.0, f64::max);
+    Axis::seconds("time since the first sample", last)
 }
 
 fn further_clone(figures: &Figures, prefix: &str) -> Result<String> {
@@ -290,8 +293,8 @@ fn growth(steps: &[GrowthStep], prefix: &str) -> Result<String> {
     });
     let rows = table(&format!("{prefix}growth-table"), &headings, rows);
     Ok(format!(
-        "{title}<p>Of 100 clones, this many have copied at most this much, in RAM and in swap. Each clone counts once in \
-         a row.</p>\n{}",
+        "{title}<p>The most that 10, 50 and 90 of 100 clones have copied, in RAM and in swap. Each clone counts once in a \
+         row.</p>\n{}",
         beside(&format!("{prefix}growth"), &picture, &rows)
     ))
 }

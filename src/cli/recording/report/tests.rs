@@ -109,6 +109,18 @@ fn no_number_of_a_recording_is_a_panic() {
         }
     }
     assert!(refused > 50, "{refused}");
+    // Times in every order, and so that the clock was set back.
+    let times =
+        ["-009999-01-03T00:00:00Z", "1970-01-01T00:00:00Z", "2026-01-01T00:00:01Z", "9999-12-30T00:00:00Z"];
+    for (middle, last) in times.iter().flat_map(|middle| times.map(|last| (middle, last))) {
+        let at = |time: &str| {
+            let mut changed = sample.clone();
+            changed["time"] = time.into();
+            changed
+        };
+        let page = page_of(&[&sample, &at(middle), &at(last)]).unwrap();
+        assert!(page.contains("</html>"), "{middle}, {last}");
+    }
     // All numbers at their bound, so that sums are largest.
     let mut paths = Vec::new();
     numbers(&sample, "", &mut paths);

@@ -67,6 +67,24 @@ fn a_file_cut_at_any_byte_keeps_every_earlier_sample() {
 }
 
 #[test]
+fn what_a_crash_leaves_is_dropped() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("web.rec");
+    append(&path, &sample(1, 1)).unwrap();
+    let whole = fs::read(&path).unwrap();
+    let mut zeros = serde_json::to_vec(&sample(2, 1)).unwrap();
+    zeros[60..90].fill(0);
+    for line in [&zeros[..], b"{\"time\":3}", b"{\"time\":\"2026-01-01T00:00:00Z\"}", b""] {
+        fs::write(&path, [&whole, line, b"\n"].concat()).unwrap();
+        fs::write(dir.path().join(".web.rec.thinned"), "half").unwrap();
+        assert_eq!(read(&path).unwrap(), [sample(1, 1)]);
+        append(&path, &sample(3, 0)).unwrap();
+        assert_eq!(read(&path).unwrap(), [sample(1, 1), sample(3, 0)]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}
+
+#[test]
 fn a_full_recording_keeps_its_span_and_its_size() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("web.rec");
@@ -135,6 +153,7 @@ fn one_recorder_at_a_time_and_only_recordings() {
     append(&damaged, &sample(1, 0)).unwrap();
     let mut text = fs::read_to_string(&damaged).unwrap();
     text.push_str("{\"time\":3}\n");
+    text.push_str(&(serde_json::to_string(&sample(2, 0)).unwrap() + "\n"));
     fs::write(&damaged, &text).unwrap();
     let error = read(&damaged).unwrap_err();
     assert!(error.code() == Code::Damage && error.to_string().contains("line 3"), "{error}");

@@ -18,10 +18,9 @@ use crate::control::Mount;
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, Template, inode_number};
 use crate::sys::files::mount;
-use crate::sys::process::ProcessId;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT, Sight, Unseen};
-use crate::sys::process::{address_space, procfs};
-use crate::units::{Bytes, FileOffset};
+use crate::sys::process::{ProcessId, address_space, procfs};
+use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE};
 
 pub mod handlers;
 
@@ -88,15 +87,11 @@ impl Inodes {
             let store = &stores[&served_by.store];
             inodes.stores.push(store.clone());
             for digest in store.digests()? {
-                let template = match store.template(&digest) {
-                    Ok(template) => template,
+                match store.template(&digest) {
+                    Ok(template) => inodes.add(store, &template, mount, served_by),
                     // The template was removed since the digests were read, or is damaged; `verify` reports damage.
-                    Err(error) => {
-                        log::warn!("skipping template {digest}: {error}");
-                        continue;
-                    }
-                };
-                inodes.add(store, &template, mount, served_by);
+                    Err(error) => log::warn!("skipping template {digest}: {error}"),
+                }
             }
         }
         Ok(inodes)
@@ -229,6 +224,11 @@ impl TemplateMapping {
     pub fn distance(&self) -> u64 {
         self.start.wrapping_sub(self.offset.get())
     }
+
+    /// Returns true if the address is congruent to the file offset modulo 2 MiB.
+    pub fn is_aligned(&self) -> bool {
+        self.distance().is_multiple_of(HUGE_PAGE_SIZE)
+    }
 }
 
 /// A process that maps at least one template, and all processes that share its address space.
@@ -317,6 +317,9 @@ pub struct DeadMount {
     pub clones: u64,
     /// What to do next.
     pub remedy: String,
+    /// What has happened.
+    #[serde(skip)]
+    message: String,
     /// Device number of the mount.
     #[serde(skip)]
     pub device: u64,
@@ -329,22 +332,26 @@ impl DeadMount {
         clones: impl Iterator<Item = &'a CloneProcess> + Clone,
     ) -> Vec<DeadMount> {
         let dead = mounts.iter().enumerate().filter(|(_, mount)| mount.is_dead());
-        dead.map(|(index, mount)| DeadMount {
-            mountpoint: mount.mountpoint.clone(),
-            clones: clones.clone().filter(|clone| clone.maps.iter().any(|map| map.mount == index)).count()
-                as u64,
-            remedy: mount.lost_both().hint_text().unwrap_or_default().to_owned(),
-            device: mount.device,
-        })
-        .collect()
+        let with_error = dead.map(|(index, mount)| (index, mount, mount.lost_both()));
+        with_error
+            .map(|(index, mount, error)| DeadMount {
+                mountpoint: mount.mountpoint.clone(),
+                clones: clones.clone().filter(|clone| clone.maps.iter().any(|map| map.mount == index)).count()
+                    as u64,
+                remedy: error.hint_text().unwrap_or_default().to_owned(),
+                message: error.message().to_owned(),
+                device: mount.device,
+            })
+            .collect()
     }
 
     /// Describes the dead mount and its clones.
     pub fn describe(&self) -> String {
         let map = if self.clones == 1 { "maps" } else { "map" };
         format!(
-            "{}: the mount is dead: its supervisor and its server have exited; {} still {map} its templates",
+            "{}: {}; {} still {map} its templates",
             self.mountpoint.display(),
+            self.message,
             counted(self.clones, "clone", "clones"),
         )
     }

@@ -366,7 +366,7 @@ fn in_use(digest: &Digest, using: &BTreeMap<u32, &str>) -> Result<Error> {
             handlers::served_by(*pid, |_, _| true)?.and_then(|serves| handlers::served_list(&serves))
         {
             message.push_str(&format!("; process {pid} handles page faults of {served}"));
-            remedy = "stop the processes whose page faults are handled first: they would wait for ever without the handler";
+            remedy = "stop the processes whose page faults are handled first: they would wait forever without the handler";
         }
     }
     Ok(Error::in_use(message).hint(remedy))

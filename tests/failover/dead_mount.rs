@@ -94,6 +94,13 @@ fn clones_of_a_dead_mount_are_counted(serve: &str, stuck: bool) {
     // Without a place in the mount table.
     mount::unmount(world.mountpoint(), true).unwrap();
     assert_known(&world, 0);
+    world.stencil(&["rm", "web:1"]).exits(75).says("the mount is dead");
+    let place = world.mountpoint().to_str().unwrap();
+    world.stencil(&["umount", place]).exits(5).says("detached already");
+    // The mount ends with its last process.
+    world.stencil(&["umount", "--force", place]).ok();
+    let status = world.stencil(&["status"]).exits(6).out;
+    assert!(status.contains("the mount is dead"), "{status}");
     // Beside another mount at the same place.
     world.mount(&["--serve", serve]).ok();
     world.stencil(&["clone", "web:1", "-n", "1", "--simulate", "read=100p,write=30p"]).ok();

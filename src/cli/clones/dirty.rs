@@ -12,7 +12,7 @@ use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
 use crate::clones::accounting::{self, DirtyRange};
 use crate::clones::counted;
-use crate::clones::epochs::{self, FilePages, Marked, Method, Since};
+use crate::clones::epochs::{self, DiscardedPages, Marked, Method, Since};
 use crate::clones::registry;
 use crate::control;
 use crate::error::{Error, Result};
@@ -77,7 +77,7 @@ struct SinceReport {
     method: Method,
     discarded_pages: PageCount,
     #[serde(skip_serializing_if = "Option::is_none")]
-    discarded: Option<Vec<FilePages>>,
+    discarded: Option<Vec<DiscardedPages>>,
 }
 
 /// The result of `--mark`.
@@ -107,6 +107,9 @@ pub fn run(args: &DirtyArgs, _global: &Global) -> Result<Done> {
         Some(epoch) => {
             let Since { clone, marked, method, ranges, discarded } =
                 epochs::since(pid, epoch, &mounts)?.ok_or_else(no_clone)?;
+            if method == Method::Difference {
+                log::warn!("pages that were copied before the epoch and written again are not included");
+            }
             let report = SinceReport {
                 epoch: epoch.clone(),
                 marked: utc(marked),
@@ -230,10 +233,8 @@ impl Report for DirtyReport {
         let Some(SinceReport { epoch, marked, method, discarded_pages, .. }) = since else { return Ok(()) };
         if self.ranges.is_none() {
             let discarded = counted(discarded_pages.get(), "page", "pages");
-            writeln!(out, "since epoch {epoch} of {marked}; {discarded} discarded")?;
-            if *method == Method::Difference {
-                writeln!(out, "pages that were copied before the epoch and written again are not included")?;
-            }
+            let method = method.name();
+            writeln!(out, "since epoch {epoch} of {marked}, by {method}; {discarded} discarded")?;
         }
         Ok(())
     }

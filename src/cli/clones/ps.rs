@@ -14,7 +14,7 @@ use crate::cli::columns::Columns;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
 use crate::clones::epochs;
-use crate::clones::find::handlers::{self, Handler, Served};
+use crate::clones::find::handlers::{self, Handler, ServedProcess};
 use crate::clones::find::{self, CloneProcess, DeadMount};
 use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Ending, Entry};
@@ -59,7 +59,7 @@ struct Row {
     ended: Option<Ended>,
     /// The processes that a page-fault handler serves.
     #[serde(skip_serializing_if = "Option::is_none")]
-    serves: Option<Vec<Served>>,
+    serves: Option<Vec<ServedProcess>>,
 }
 
 /// How a clone's process ended.
@@ -255,18 +255,26 @@ pub fn run(args: &PsArgs, global: &Global) -> Result<Done> {
     });
     match mounts.and_then(|mounts| Ok((find::template_mappings(&mounts)?, mounts))) {
         Ok((mut others, mounts)) => {
+            // A handler is no clone of a dead mount.
+            let handlers = handlers::take_out(&mut others.clones, |_| true);
             dead_mounts = DeadMount::of(&mounts, others.clones.iter());
             for dead in &dead_mounts {
-                log::warn!("{}: {}", dead.describe(), dead.remedy);
+                log::warn!("{}; {}", dead.describe(), dead.remedy);
             }
             if let Some(holes) = others.holes() {
                 log::warn!("{holes}");
             }
             unseen = others.unseen.pids();
             others.clones.retain(|clone| !clone.processes().any(|its| ours.contains(&its)));
-            for handler in handlers::take_out(&mut others.clones, |_| true)? {
+            let handlers = handlers.unwrap_or_else(|error| {
+                log::warn!("cannot find page-fault handlers: {error}");
+                vec![]
+            });
+            for handler in handlers {
                 log::warn!("{}", handler.describe());
-                rows.push(Row::of_handler(handler));
+                if !ours.iter().any(|its| its.pid == handler.pid) {
+                    rows.push(Row::of_handler(handler));
+                }
             }
             rows.extend(others.clones.iter().filter_map(Row::of_other));
         }

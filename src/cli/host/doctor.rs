@@ -15,7 +15,7 @@ use crate::cli::Global;
 use crate::cli::mount::stuck::{self, Stuck};
 use crate::cli::output::{Done, Report, to_json};
 use crate::clones::counted;
-use crate::clones::find::{self, DeadMount};
+use crate::clones::find::{self, DeadMount, handlers};
 use crate::control::{self, Listing};
 use crate::error::{Code, Error, Result};
 use crate::store::Store;
@@ -331,7 +331,10 @@ fn mounts(listing: &Listing) -> Vec<Check> {
     for dead in &listing.dead {
         let error = dead.lost_both();
         let one = control::with_store(vec![dead.clone()]);
-        let clones = find::template_mappings(&one).map(|found| DeadMount::of(&one, found.clones.iter()));
+        let clones = find::template_mappings(&one).and_then(|mut found| {
+            handlers::take_out(&mut found.clones, |_| true)?;
+            Ok(DeadMount::of(&one, found.clones.iter()))
+        });
         let found = match clones.as_deref() {
             Ok([dead]) => dead.describe(),
             _ => error.to_string(),

@@ -96,7 +96,11 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
         _ => UnmountMode::Plain,
     };
     // A detached mount and a newer mount may have the same path. The newer mount is meant.
-    let mounts = control::mounts()?;
+    let control::Listing { mut mounts, dead, unread } = control::list()?;
+    unread.iter().for_each(|error| log::warn!("{error}"));
+    if mount::at(&path)?.is_none_or(|there| there.fs_type != mount::FS_TYPE) {
+        mounts.extend(dead.into_iter().filter(|mount| mount.detached));
+    }
     let here = || mounts.iter().filter(|m| m.mountpoint == path);
     let Some(found) = here().find(|m| !m.detached).or_else(|| here().next()) else {
         return without_supervisor(&path, args, global);
@@ -104,6 +108,8 @@ pub fn run(args: &UmountArgs, global: &Global) -> Result<Done> {
     let users = Users::of(found.device, &found.processes())?;
     match mode {
         UnmountMode::Plain if users.found.iter().any(|u| u.maps) => return Err(in_use(found, &users)),
+        // Nothing is left to detach, and no server will serve the users.
+        UnmountMode::Plain | UnmountMode::Lazy if found.is_dead() => return Err(in_use(found, &users)),
         UnmountMode::Force if !global.quiet => users.announce(),
         _ => {}
     }
@@ -171,7 +177,7 @@ fn without_supervisor(path: &Path, args: &UmountArgs, global: &Global) -> Result
                     .hint(format!("detach the mount: stencil umount -l {}", path.display())),
                 _ => Error::io("cannot unmount", path, e),
             })?;
-            // This removes the record of the dead mount.
+            // This removes the record, unless processes still use the mount.
             control::mounts()?;
             Ok(Done::report(report))
         }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::clones::counted;
-use crate::clones::find::handlers::{self, Served};
+use crate::clones::find::handlers::{self, ServedProcess};
 use crate::error::Result;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT};
 
@@ -16,7 +16,7 @@ pub struct User {
     pub maps: bool,
     /// The processes whose page faults this process handles.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    serves: Vec<Served>,
+    serves: Vec<ServedProcess>,
 }
 
 /// The processes that use a mount.
@@ -61,9 +61,9 @@ impl Users {
     /// Warns on standard error which processes are affected when the mount's connection is aborted.
     pub fn announce(&self) {
         if !self.found.is_empty() {
-            let processes = counted(self.found.len() as u64, "process", "processes");
+            let processes = counted(self.found.len() as u64, "process uses", "processes use");
             crate::print_line!(
-                "warning: {processes} use the mount; those that map files served by decode are killed at the \
+                "warning: {processes} the mount; those that map files served by decode are killed at the \
                  next access to a page that is not in RAM: {}",
                 list(&self.found)
             );

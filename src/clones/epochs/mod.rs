@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-pub use pages::FilePages;
+pub use pages::DiscardedPages;
 use pages::PageSet;
 pub use record::sweep;
 use record::{Epoch, Record};
@@ -38,7 +38,7 @@ const MAX_EPOCHS: usize = 16;
 pub enum Method {
     /// By comparison with the copied pages of the epoch. A page that was copied before and written again is not found.
     Difference,
-    /// By write protection. Every page that was written is found.
+    /// By write protection. Every page that was written through the process's mappings is found.
     WriteProtect,
 }
 
@@ -63,7 +63,7 @@ pub struct Since {
     /// Pages that are copied or replaced, and were written since.
     pub ranges: Vec<DirtyRange>,
     /// Pages that were copied or replaced at the mark, and are pages of the template again.
-    pub discarded: Vec<FilePages>,
+    pub discarded: Vec<DiscardedPages>,
 }
 
 /// Marks an epoch of a process; without a name, under the next unused number. Returns `None` if the process maps no
@@ -75,18 +75,29 @@ pub struct Since {
 pub fn mark(pid: u32, name: Option<&str>, mounts: &[Mount]) -> Result<Option<Marked>> {
     sweep().unwrap_or_else(|error| log::warn!("{error}"));
     let Some(process) = ProcessId::of(pid)? else { return Ok(None) };
+    name.map_or(Ok(()), check_name)?;
     // Before the scan, so that no other mark is between the scan and the write protection.
     let record = Record::create(process)?;
     let mut epochs = record.read()?;
     let name = new_name(name, &epochs, pid)?;
-    let Some((clone, ranges)) = dirty_of(process, mounts)? else {
-        if epochs.is_empty() {
-            record.remove();
+    let (clone, ranges) = match dirty_of(process, mounts) {
+        Ok(Some(found)) => found,
+        other => {
+            if epochs.is_empty() {
+                record.remove();
+            }
+            return other.map(|_| None);
         }
-        return Ok(None);
     };
     let pagemap = Pagemap::open(pid)?;
     let tracked = tracks_writes(&clone, &pagemap)?;
+    if tracked && epochs.iter().any(|epoch| epoch.tracked) {
+        // The protection resets notes that earlier epochs need. If this command ends before it has recorded them, only
+        // the difference is left.
+        let untracked: Vec<Epoch> =
+            epochs.iter().map(|epoch| Epoch { tracked: false, ..epoch.clone() }).collect();
+        record.write(&untracked)?;
+    }
     let written = match tracked {
         true => PageSet::of_copies(&clone, |range| pagemap.protect_copies(range))?,
         false => PageSet::default(),
@@ -135,6 +146,16 @@ pub fn since(pid: u32, name: &str, mounts: &[Mount]) -> Result<Option<Since>> {
     Ok(Some(Since { clone, marked: epoch.at, method: method(tracked), ranges, discarded }))
 }
 
+impl Method {
+    /// Returns the name, as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Difference => "difference",
+            Method::WriteProtect => "write-protect",
+        }
+    }
+}
+
 fn method(tracked: bool) -> Method {
     if tracked { Method::WriteProtect } else { Method::Difference }
 }
@@ -155,6 +176,14 @@ fn tracks_writes(clone: &CloneProcess, pagemap: &Pagemap) -> Result<bool> {
     Ok(true)
 }
 
+fn check_name(name: &str) -> Result<()> {
+    match is_plain_name(name) {
+        true => Ok(()),
+        false => Err(Error::usage(format!("invalid name of an epoch: '{}'", name.escape_debug()))
+            .hint("use letters, digits, '.', '_' and '-'")),
+    }
+}
+
 fn new_name(name: Option<&str>, epochs: &[Epoch], pid: u32) -> Result<String> {
     let is_used = |name: &str| epochs.iter().any(|epoch| epoch.name == name);
     let Some(name) = name else {
@@ -162,10 +191,6 @@ fn new_name(name: Option<&str>, epochs: &[Epoch], pid: u32) -> Result<String> {
         let next = numbers.max().map_or(Some(1), |last| last.checked_add(1));
         return Ok(format!("e{}", next.unwrap_or(0)));
     };
-    if !is_plain_name(name) {
-        return Err(Error::usage(format!("invalid name of an epoch: '{}'", name.escape_debug()))
-            .hint("use letters, digits, '.', '_' and '-'"));
-    }
     if is_used(name) {
         return Err(Error::usage(format!("process {pid} has an epoch '{name}' already"))
             .hint("use another name, or --mark without a name"));
@@ -203,9 +228,11 @@ mod tests {
         assert_eq!(new_name(None, &[], 1).unwrap(), "e1");
         assert_eq!(new_name(None, &epochs, 1).unwrap(), "e8");
         assert_eq!(new_name(Some("after"), &epochs, 1).unwrap(), "after");
-        for bad in ["before", "", ".x", "a/b", "a b"] {
-            assert!(new_name(Some(bad), &epochs, 1).is_err(), "{bad}");
+        assert!(new_name(Some("before"), &epochs, 1).is_err());
+        for bad in ["", ".x", "a/b", "a b"] {
+            assert!(check_name(bad).is_err(), "{bad}");
         }
+        check_name("before.2").unwrap();
         assert_eq!(new_name(None, &[epoch(&format!("e{}", u64::MAX))], 1).unwrap(), "e0");
         assert_eq!(joined_names(&epochs), "e2, before, ex, e7");
     }

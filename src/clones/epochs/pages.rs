@@ -15,9 +15,9 @@ use crate::units::{PAGE_SIZE, PageCount};
 /// Largest page number that a file offset has.
 const MAX_PAGE: u64 = u64::MAX / PAGE_SIZE;
 
-/// Pages of a file of a template.
+/// Pages of a file of a template that were dirty at an epoch and are pages of the template again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct FilePages {
+pub struct DiscardedPages {
     /// File of the template.
     pub file: String,
     /// First page.
@@ -141,14 +141,14 @@ impl PageSet {
     }
 
     /// Returns the pages of files that are in no place of the other set.
-    pub fn files_without(&self, other: &PageSet) -> Vec<FilePages> {
+    pub fn files_without(&self, other: &PageSet) -> Vec<DiscardedPages> {
         let others = other.by_file();
         let ours = self.by_file().into_iter();
         let rest = ours.flat_map(|(key, ranges)| {
             let rest = subtract(&ranges, others.get(&key).map_or(&[][..], Vec::as_slice));
             rest.into_iter().map(move |range| (key.1.to_owned(), range))
         });
-        rest.map(|(file, range)| FilePages {
+        rest.map(|(file, range)| DiscardedPages {
             file,
             first_page: range.start,
             pages: PageCount::new(range.end - range.start),

@@ -72,6 +72,10 @@ pub fn every_mount_of(store: &Store) -> Result<Vec<Mount>> {
         if let Some(error) = unread.into_iter().next() {
             return Err(error);
         }
+        let is_ours = |dead: &&Mount| dead.detached && is_of_store(&dead.store, &dead.store_id, store);
+        if let Some(dead) = dead.iter().find(is_ours) {
+            return Err(dead.lost_both());
+        }
         let known = |dev| all.iter().any(|m| m.device == dev);
         let ours = identity(store.dir());
         let serves = |source: &Path| source == store.dir() || (ours.is_some() && identity(source) == ours);
@@ -103,7 +107,10 @@ impl Mount {
         Error::try_again("the mount is dead: its supervisor and its server have exited")
             .at(&self.mountpoint)
             .hint(match self.detached {
-                true => "end the processes that 'stencil ps' lists: the detached mount ends with the last one".to_owned(),
+                true => format!(
+                    "end the processes that use the mount ('stencil ps' lists its clones), or run 'stencil umount --force \
+                     {place}'; the detached mount ends with the last process"
+                ),
                 false => format!(
                     "run 'stencil --store {} mount {place}' with the options of that mount to mount the store again, or \
                      'stencil umount {place}' to unmount",
@@ -185,16 +192,32 @@ pub fn mounts_and_dead() -> Result<Vec<Mount>> {
 }
 
 /// Returns the dead mounts whose store can be read. Logs the others: their clones are unknown.
-pub fn with_store(mut dead: Vec<Mount>) -> Vec<Mount> {
+pub fn with_store(dead: Vec<Mount>) -> Vec<Mount> {
+    let (mounts, unknown) = with_store_or_error(dead);
+    unknown.iter().for_each(|error| log::warn!("{error}"));
+    mounts
+}
+
+/// Same as [`with_store`], with an error for each of the others.
+pub fn with_store_or_error(mut dead: Vec<Mount>) -> (Vec<Mount>, Vec<Error>) {
+    let mut unknown = Vec::new();
     dead.retain(|mount| match Store::open(&mount.store) {
         Ok(store) if store.id() == mount.store_id => true,
         opened => {
             let why = opened.map_or_else(|e| e.to_string(), |_| "another store is at its path".to_owned());
-            log::warn!("the clones of the dead mount {} are unknown: {why}", mount.mountpoint.display());
+            let place = mount.mountpoint.display();
+            unknown.push(
+                Error::try_again(format!("the clones of the dead mount {place} are unknown: {why}")).hint(
+                    format!(
+                        "make the store readable at {}, or unmount: 'stencil umount {place}'",
+                        mount.store.display()
+                    ),
+                ),
+            );
             false
         }
     });
-    dead
+    (dead, unknown)
 }
 
 /// Same as [`mounts`], for callers that must see all mounts.
@@ -218,6 +241,7 @@ pub fn list() -> Result<Listing> {
     let table = procfs::mounts()?;
     let namespace = probe::pid_namespace();
     let mut dead = Vec::new();
+    let mut until = None;
     for name in names {
         let read = read_record(&all, Path::new(&name));
         let (folder, record) = match read {
@@ -244,7 +268,10 @@ pub fn list() -> Result<Listing> {
         if lost && !taken_over && server.is_none() {
             let exists = match place {
                 Some(line) => line.fs_type == mount::FS_TYPE && line.mountpoint == record.mountpoint,
-                None => is_in_use(record.device),
+                None => {
+                    let until = *until.get_or_insert_with(|| Instant::now() + CONNECTION_END_TIMEOUT);
+                    is_in_use(|| Waiting::of(record.device).map(drop), until)
+                }
             };
             match exists {
                 true => dead.push((dead_mount(&folder, record, place.is_none()), folder)),
@@ -278,10 +305,9 @@ pub fn list() -> Result<Listing> {
 }
 
 /// Returns true if a process uses a detached mount, which keeps its connection then. The kernel ends the connection
-/// shortly after the last use.
-fn is_in_use(device: u64) -> bool {
-    let until = Instant::now() + CONNECTION_END_TIMEOUT;
-    while Waiting::of(device).is_ok() {
+/// shortly after the last use. An error other than `ENOENT` is no proof of the end.
+fn is_in_use(connection: impl Fn() -> io::Result<()>, until: Instant) -> bool {
+    while !connection().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
         if Instant::now() > until {
             return true;
         }
@@ -336,4 +362,17 @@ pub(in crate::control) fn is_locked(folder: &Directory) -> bool {
         let _ = flock(folder, FlockOperation::Unlock);
     }
     locked
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_missing_connection_is_no_longer_in_use() {
+        let in_use = |errno| is_in_use(|| Err(io::Error::from_raw_os_error(errno)), Instant::now());
+        assert!(!in_use(libc::ENOENT));
+        assert!(in_use(libc::EPERM) && in_use(libc::EMFILE));
+        assert!(is_in_use(|| Ok(()), Instant::now()));
+    }
 }

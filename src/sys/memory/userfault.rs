@@ -72,17 +72,17 @@ pub fn userfaultfds(pid: u32) -> Vec<Userfaultfd> {
     for folder in tasks::file_tables(pid).unwrap_or_default() {
         let Some(thread) = tasks::thread_of(&folder) else { continue };
         for entry in fs::read_dir(folder.join("fd")).into_iter().flatten().flatten() {
-            let is_one =
+            let is_userfaultfd =
                 fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[userfaultfd]");
             let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            found.extend(number.filter(|_| is_one).map(|number| Userfaultfd { thread, number }));
+            found.extend(number.filter(|_| is_userfaultfd).map(|number| Userfaultfd { thread, number }));
         }
     }
     found
 }
 
 /// Returns true if two descriptors are of one userfaultfd, so that one process handles page faults of the other.
-pub fn are_one(one: Userfaultfd, other: Userfaultfd) -> bool {
+pub fn is_same(one: Userfaultfd, other: Userfaultfd) -> bool {
     /// `KCMP_FILE` of `linux/kcmp.h`.
     const FILE: libc::c_int = 0;
     let (first, second) = (one.thread.cast_signed(), other.thread.cast_signed());
@@ -93,15 +93,17 @@ pub fn are_one(one: Userfaultfd, other: Userfaultfd) -> bool {
 /// Returns true if a mapping of the process is registered with a userfaultfd. False if its mappings cannot be read.
 pub fn is_registered(pid: u32) -> bool {
     let read = |folder: &std::path::Path| -> io::Result<Option<bool>> {
-        let (mut any, mut has_mappings) = (false, false);
+        let mut has_mappings = false;
         for line in BufReader::new(fs::File::open(folder.join("smaps"))?).split(b'\n') {
             let line = line?;
             let Some(flags) = line.strip_prefix(b"VmFlags:") else { continue };
             has_mappings = true;
             // Missing pages, write protection, minor faults (`show_smap_vma_flags` of `fs/proc/task_mmu.c`).
-            any |= flags.split(|byte| *byte == b' ').any(|flag| matches!(flag, b"um" | b"uw" | b"ui"));
+            if flags.split(|byte| *byte == b' ').any(|flag| matches!(flag, b"um" | b"uw" | b"ui")) {
+                return Ok(Some(true));
+            }
         }
-        Ok(has_mappings.then_some(any))
+        Ok(has_mappings.then_some(false))
     };
     matches!(tasks::through_memory(pid, read), Ok(Some(true)))
 }
@@ -129,12 +131,12 @@ mod tests {
         let number = u64::from(fd.as_raw_fd().unsigned_abs());
         let found = userfaultfds(me);
         let ours = found.iter().find(|its| its.number == number).copied().unwrap();
-        assert!(is_registered(me) && are_one(ours, ours));
+        assert!(is_registered(me) && is_same(ours, ours));
         let copy = fd.try_clone().unwrap();
         let copied = Userfaultfd { number: u64::from(copy.as_raw_fd().unsigned_abs()), ..ours };
-        assert!(are_one(ours, copied));
+        assert!(is_same(ours, copied));
         let other = track_writes(memory.range().end..memory.range().end);
         assert!(other.is_err(), "an empty range");
-        assert!(!are_one(ours, Userfaultfd { number: 0, ..ours }));
+        assert!(!is_same(ours, Userfaultfd { number: 0, ..ours }));
     }
 }

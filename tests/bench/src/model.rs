@@ -115,8 +115,12 @@ impl Bench {
         }
     }
 
+    /// Replaces the file: an interrupted run leaves the earlier or the new file.
     pub fn write(&self, path: &Path) -> Result<()> {
-        fs::write(path, self.to_text()?).map_err(|e| Error::io("cannot write the samples", path, e))
+        let new = path.with_extension("json.new");
+        fs::write(&new, self.to_text()?)
+            .and_then(|()| fs::rename(&new, path))
+            .map_err(|e| Error::io("cannot write the samples", path, e))
     }
 
     pub fn row(&self, name: &str) -> Option<&Row> {

@@ -12,7 +12,7 @@ use stencilfs::units::{MemoryOffset, PageIndex};
 use super::dirty_exact::{PAGE, SIZE, for_both, map, world};
 use crate::support::actor::Actor;
 use crate::support::host;
-use crate::support::mount::{Run, TestMount};
+use crate::support::mount::{Run, STENCIL, TestMount};
 
 type Pages = BTreeSet<u64>;
 
@@ -79,7 +79,13 @@ fn a_difference_has_exactly_the_pages_that_are_copied_later() {
         assert_eq!(set, later.iter().chain(&discarded).copied().collect());
 
         let text = world.stencil(&["dirty", &actor.pid().to_string(), "--since", "e1"]).ok().out;
-        assert!(text.contains("pages changed") && text.contains("not included"), "{text}");
+        assert!(
+            text.contains("pages changed") && text.contains(", by difference; 3 pages discarded"),
+            "{text}"
+        );
+        let words = ["dirty", &actor.pid().to_string(), "--since", "e1", "--ranges"];
+        let warning = world.stencil(&words).ok().err;
+        assert!(warning.contains("written again are not included"), "{warning}");
         // Without an epoch, the report is as before.
         let all = world.json(&["dirty", &actor.pid().to_string()]);
         assert!(all["method"].is_null() && all["epoch"].is_null(), "{all}");
@@ -214,6 +220,28 @@ fn marks_at_the_same_time_have_different_names_and_lose_no_write() {
     since(&world, pid, "e1");
 }
 
+#[test]
+fn a_mark_that_fails_loses_no_write() {
+    let _host = host::shared();
+    let (world, digest) = world("decode");
+    let mut actor = Actor::start();
+    map(&mut actor, &world.file(&digest, "memory"));
+    actor.write_pages(0, 0..50);
+    actor.tell(&format!("track 0 {SIZE}"));
+    let pid = actor.pid();
+    mark(&world, pid, &["first"]);
+    actor.write_pages(0, 10..20);
+    let pid_text = pid.to_string();
+    let mut limited = world.command_in("prlimit");
+    limited.arg("--fsize=0").arg(STENCIL).args(["dirty", &pid_text, "--mark"]);
+    assert_eq!(limited.output().unwrap().status.code(), Some(1));
+    let report = since(&world, pid, "first");
+    assert_eq!(
+        (pages(&report["ranges"])[0].clone(), &report["method"]),
+        ((10..20).collect(), &json!("write-protect"))
+    );
+}
+
 fn records(world: &TestMount) -> Vec<PathBuf> {
     let all = fs::read_dir(world.runtime_dir().join("epochs")).into_iter().flatten();
     all.map(|entry| entry.unwrap().path()).collect()
@@ -250,6 +278,7 @@ fn epochs_belong_to_one_process_and_end_with_it() {
     assert_eq!(records(&world), Vec::<PathBuf>::new(), "the record of a process that has ended is removed");
     let other = Actor::start();
     world.stencil(&["dirty", &other.pid().to_string(), "--mark"]).exits(4).says("maps no template");
+    world.stencil(&["dirty", &other.pid().to_string(), "--mark", "a b"]).exits(2).says("invalid name");
     assert_eq!(records(&world), Vec::<PathBuf>::new());
 }
 

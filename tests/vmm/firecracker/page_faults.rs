@@ -85,14 +85,23 @@ fn a_page_fault_handler_is_no_clone_and_the_firecracker_that_it_serves_is_named(
     assert!(serves(&handlers[0]) > (512 + WRITTEN_PAGES) * PAGE, "{handlers:#?}");
     let warning = world.stencil(&["density"]).ok().err;
     assert!(
-        warning.contains(&format!("process {served} (firecracker")) && warning.contains("neither"),
+        warning.contains(&format!("process {served} (firecracker"))
+            && warning.contains("it is not counted as a clone"),
         "{warning}"
     );
     assert_eq!(world.status()["templates"][0]["clones"], 1);
 
+    let check = world.stencil(&["--json", "check", "--all"]).exits(6).out;
+    let check: Value = serde_json::from_str(&check).unwrap();
+    let row = check["clones"].as_array().unwrap().iter().find(|row| row["pid"] == reader).unwrap();
+    let failed = row["checks"].as_array().unwrap().iter().find(|check| check["ok"] == false).unwrap();
+    let why = failed["why"].as_str().unwrap();
+    assert_eq!([&failed["name"], &failed["remedy"]], ["template", "use the File backend"], "{check:#}");
+    assert!(why.contains(&format!("into the memory of process {served} (firecracker")), "{why}");
+
     let refused = world.stencil(&["rm", "fc:1"]).exits(5).err;
     let text = format!("process {reader} handles page faults of process {served} (firecracker");
-    assert!(refused.contains(&text) && refused.contains("would wait for ever"), "{refused}");
+    assert!(refused.contains(&text) && refused.contains("would wait forever"), "{refused}");
     let refused = world.stencil(&["umount", world.mountpoint().to_str().unwrap()]).exits(5).err;
     assert!(refused.contains(&format!("handles page faults of process {served}")), "{refused}");
 
@@ -100,7 +109,11 @@ fn a_page_fault_handler_is_no_clone_and_the_firecracker_that_it_serves_is_named(
     drop(vmm);
     let density = world.json(&["density"]);
     assert_eq!([&density["totals"]["clones"], &density["handlers"][0]["serves"]], [&json!(1), &json!([])]);
-    // A process that has its own memory registered is a clone.
-    clone.tell(&format!("track 0 {}", MEMORY_MIB << 20));
-    assert_eq!(world.json(&["density"])["totals"]["clones"], 1);
+    // A process that has its own memory registered is a clone, also if it cannot write to its mapping.
+    let mut reader = Actor::start();
+    reader.tell(&format!("map 0 {} 0 {} ro", world.file(&digest, "memory").display(), MEMORY_MIB << 20));
+    reader.tell(&format!("track 0 {}", MEMORY_MIB << 20));
+    let density = world.json(&["density"]);
+    assert_eq!(density["totals"]["clones"], 2, "{density:#}");
+    assert_eq!(density["handlers"].as_array().unwrap().len(), 1, "{density:#}");
 }

@@ -18,9 +18,9 @@ use crate::cli::Global;
 use crate::cli::output::{Done, Report, to_json};
 use crate::cli::store_filter::StoreFilter;
 use crate::cli::value_parsers::word;
-use crate::clones::accounting::{self, By, Density, Group};
+use crate::clones::accounting::{self, By, Density, Group, Totals};
 use crate::clones::audit::{self, Audit};
-use crate::control;
+use crate::control::{self, Listing, Mount};
 use crate::error::{Error, Result};
 use crate::store::{Store, TemplateRef};
 
@@ -54,7 +54,8 @@ pub struct DensityArgs {
 struct DensityReport {
     #[serde(flatten)]
     density: Density,
-    headroom: Headroom,
+    /// How many more clones fit; null if the templates of a mount cannot be measured.
+    headroom: Option<Headroom>,
     #[serde(skip_serializing_if = "Option::is_none")]
     groups: Option<Vec<Group>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -75,24 +76,50 @@ pub fn run(args: &DensityArgs, global: &Global) -> Result<Done> {
             .hint("run 'stencil density --audit' without the template"));
     }
     let filter = StoreFilter::of(global)?;
-    let mut mounts = control::mounts_and_dead()?;
-    if !args.audit {
-        mounts.retain(|mount| filter.has(&mount.store, &mount.store_id));
-    }
+    let has = |mount: &Mount| args.audit || filter.has(&mount.store, &mount.store_id);
+    let Listing { mounts: mut all, dead, mut unread } = control::list()?;
+    let (ours, others): (Vec<Mount>, Vec<Mount>) = dead.into_iter().partition(has);
+    let (dead, unknown) = control::with_store_or_error(ours);
+    unread.extend(unknown);
+    let (of_others, unknown_others) = control::with_store_or_error(others);
+    all.extend(dead.into_iter().chain(of_others));
+    let mounts: Vec<Mount> = all.iter().filter(|mount| has(mount)).cloned().collect();
     let only = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
     let survey = accounting::survey(&mounts, only.as_ref())?;
     for dead in &survey.density.dead_mounts {
-        log::warn!("{}: {}", dead.describe(), dead.remedy);
+        log::warn!("{}; {}", dead.describe(), dead.remedy);
     }
     for handler in &survey.density.handlers {
-        log::warn!("{}; neither is counted as a clone", handler.describe());
+        log::warn!("{}; it is not counted as a clone", handler.describe());
     }
     let audit = args.audit.then(|| audit::audit(&mounts, &survey)).transpose()?;
     let explanation = args.why.then(|| Explanation::new(&mounts, &survey)).transpose()?;
-    let headroom = Headroom::now(&survey.density.totals)?;
+    let is_complete = unread.is_empty() && unknown_others.is_empty();
+    let is_whole = only.is_none() && mounts.len() == all.len();
+    let headroom = match is_complete {
+        true => headroom(&survey.density.totals, (!is_whole).then_some(&all[..])),
+        false => None,
+    };
     let groups = args.by.as_ref().map(|by| accounting::groups(&survey, by));
     let density = survey.density;
-    Ok(Done::report(DensityReport { density, headroom, groups, audit, explanation, wide: args.wide }))
+    let report = DensityReport { density, headroom, groups, audit, explanation, wide: args.wide };
+    let mut unread = unread.into_iter();
+    let first = unread.next();
+    unread.for_each(|error| log::warn!("{error}"));
+    let done = Done::report(report);
+    // The clones of a mount that cannot be read are not in the sums.
+    Ok(match first {
+        Some(error) => done.but_failed(error),
+        None => done,
+    })
+}
+
+/// Returns how many more clones fit. If the totals are not those of all mounts, `all` are these mounts. Returns `None` if
+/// a figure cannot be read: the report about the present clones needs none of them.
+fn headroom(totals: &Totals, all: Option<&[Mount]>) -> Option<Headroom> {
+    let templates = all.map_or(Ok(totals.template_bytes), accounting::template_bytes);
+    let headroom = templates.and_then(|templates| Headroom::now(totals, templates));
+    headroom.inspect_err(|error| log::warn!("the number of further clones is unknown: {error}")).ok()
 }
 
 impl Report for DensityReport {
@@ -109,7 +136,7 @@ impl Report for DensityReport {
         match &self.groups {
             Some(groups) => groups::print(groups, out)?,
             None if self.wide => {}
-            None => overview::print(&self.density, &self.headroom, out)?,
+            None => overview::print(&self.density, self.headroom.as_ref(), out)?,
         }
         self.audit.iter().try_for_each(|audit| audited::print(audit, out))?;
         self.explanation.iter().try_for_each(|explanation| explanation.print(&self.density, out))

@@ -7,6 +7,8 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::code::{Code, Reasons};
 use crate::clones::accounting::process::runs_kvm;
@@ -23,7 +25,11 @@ use crate::sys::process::{procfs, tasks};
 use crate::units::{Bytes, FileOffset, MemoryOffset, PAGE_SIZE, to_usize};
 
 /// Number of pages that are compared first. Most files of the same size differ there.
-const FIRST_PAGES: usize = 64;
+const SAMPLED_PAGES: usize = 64;
+
+/// Time limit of a comparison: a fixed part, and time for each GiB of the file. The server of a file may not respond.
+const COMPARE_TIMEOUT: Duration = Duration::from_secs(5);
+const COMPARE_TIMEOUT_PER_GIB: Duration = Duration::from_secs(1);
 
 /// A file that a VMM maps, with a path in `/proc` that opens it.
 struct Candidate {
@@ -32,20 +38,32 @@ struct Candidate {
 }
 
 pub fn add(survey: &Survey, reasons: &mut Reasons) -> Result<()> {
-    let mut by_size: BTreeMap<u64, Vec<(&Template, usize)>> = BTreeMap::new();
+    let mut by_size: BTreeMap<u64, Vec<(Digest, usize)>> = BTreeMap::new();
     for template in survey.opened.values() {
         let Some(memory) = template.roles()?.memory else { continue };
         let index = template.find_file(&memory)?;
-        by_size.entry(template.files()[index].size.get()).or_default().push((template, index));
+        by_size.entry(template.files()[index].size.get()).or_default().push((*template.digest(), index));
+    }
+    let candidates = Arc::new(candidates(by_size.keys().copied().collect(), survey.inodes.wanted()?)?);
+    let largest = candidates.iter().map(|candidate| candidate.size).max().unwrap_or_default();
+    let gibs = u32::try_from(largest >> 30).unwrap_or(u32::MAX);
+    let timeout = COMPARE_TIMEOUT + COMPARE_TIMEOUT_PER_GIB.saturating_mul(gibs);
+    let opened = Arc::clone(&survey.opened);
+    let (numbers, all) = ((0u32..).zip(candidates.iter()).map(|(number, _)| number), Arc::clone(&candidates));
+    let looks = holders::look_at_each(numbers.collect(), timeout, move |number| {
+        let candidate = &all[number as usize];
+        let same_size = by_size.get(&candidate.size).into_iter().flatten();
+        let templates = same_size.filter_map(|(digest, index)| Some((opened.get(digest)?, *index)));
+        Some(templates.map(|(its, index)| (*its.digest(), candidate.compare(its, index))).collect())
+    });
+    for number in looks.unseen {
+        let path = candidates[number as usize].path.display();
+        log::warn!("{path} was not compared with templates: timed out after {} s", timeout.as_secs());
     }
     let mut copies: BTreeMap<Digest, Bytes> = BTreeMap::new();
-    for candidate in candidates(by_size.keys().copied().collect(), survey.inodes.wanted()?)? {
-        for (template, index) in by_size.get(&candidate.size).into_iter().flatten() {
-            // The process may have exited since.
-            let Ok(file) = File::open(&candidate.path) else { continue };
-            let bytes = compare(&file, candidate.size, template, *index)?;
-            *copies.entry(*template.digest()).or_default() += bytes;
-        }
+    let found: Vec<(u32, Vec<(Digest, Bytes)>)> = looks.seen;
+    for (digest, bytes) in found.into_iter().flat_map(|(_, found)| found) {
+        *copies.entry(digest).or_default() += bytes;
     }
     for (digest, bytes) in copies {
         reasons.of_template(digest, Code::CopiedFile, bytes);
@@ -53,12 +71,25 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) -> Result<()> {
     Ok(())
 }
 
+impl Candidate {
+    /// Same as [`compare`]. A file that cannot be read to its end is no copy: its owner may truncate the file meanwhile.
+    fn compare(&self, template: &Template, index: usize) -> Bytes {
+        // The process may have exited since.
+        let Ok(file) = File::open(&self.path) else { return Bytes::ZERO };
+        compare(&file, self.size, template, index).unwrap_or_else(|error| {
+            log::warn!("{} was not compared with templates: {error}", self.path.display());
+            Bytes::ZERO
+        })
+    }
+}
+
 /// Returns the files of these sizes outside of Stencil mounts that a VMM maps to their end, each once. A VMM is a process
 /// with a KVM virtual machine, or of a clone's record.
 fn candidates(sizes: Vec<u64>, mapped: Wanted) -> Result<Vec<Candidate>> {
     // A template has its pages in the mount. An open in another file system of this kind may wait forever.
     let fuse = procfs::mounts()?.into_iter().filter(|line| line.fs_type.starts_with("fuse"));
-    let detached = control::mounts()?.into_iter().map(|mount| mount.device);
+    let control::Listing { mounts, dead, .. } = control::list()?;
+    let detached = mounts.into_iter().chain(dead).map(|mount| mount.device);
     let skipped: HashSet<u64> = fuse.map(|line| line.dev).chain(detached).collect();
     let recorded: HashSet<u32> =
         registry::list()?.iter().filter(|entry| entry.is_alive()).map(|e| e.pid).collect();
@@ -95,7 +126,7 @@ fn compare(file: &File, size: u64, template: &Template, index: usize) -> Result<
     let resident = cachestat::in_core(&view)?;
     let pages: Vec<u64> =
         resident.iter().flat_map(|range: &Range<u64>| range.clone().step_by(to_usize(PAGE_SIZE))).collect();
-    let first = pages.iter().step_by((pages.len() / FIRST_PAGES).max(1));
+    let first = pages.iter().step_by((pages.len() / SAMPLED_PAGES).max(1));
     let (mut scratch, mut has_data) = (Scratch::default(), false);
     let (mut page, mut original) = (vec![0; to_usize(PAGE_SIZE)], vec![0; to_usize(PAGE_SIZE)]);
     for &offset in first.chain(&pages) {

@@ -119,7 +119,8 @@ impl Sampler {
         self.start_templates(mounts, &inodes, &found)?;
         let entries = registry::list()?;
         let records = records_by_process(&entries);
-        let handlers = handlers::take_out(&mut found, |clone| !is_simulated(clone, &records))?;
+        let can_be = |clone: &CloneProcess| !is_simulated(clone, &records);
+        let handlers = handlers::take_out_again(&mut found, can_be, INSPECTION_TIMEOUT, &self.inspections)?;
         let blocked = blocked.into_iter().filter_map(|pid| blocked_process(pid, &records)).collect();
         let mut clones = measure_all(found, &inodes, &records)?;
         disks::add(&mut clones, &entries)?;

@@ -29,7 +29,7 @@ impl Pagemap {
         self.copies(range, false)
     }
 
-    /// Write-protects the same pages, each in the moment in which it is found, and returns them.
+    /// Write-protects these pages, each when the scan finds it, and returns them.
     ///
     /// # Errors
     /// Same as [`Pagemap::scan`], and an error if a mapping in the range is not registered.

@@ -18,6 +18,8 @@
  *   nohuge ID LENGTH                    MADV_NOHUGEPAGE
  *   lock ID LENGTH                      mlock
  *   replace ID FIRST COUNT              maps anonymous memory over pages
+ *   over ID FIRST COUNT PATH            maps these pages of another file over pages
+ *   load ID FIRST COUNT PATH            reads these pages of a file into pages
  *   track ID LENGTH                     registers LENGTH bytes for asynchronous write protection; replies with the descriptor
  *   close FD                            closes a descriptor
  *   mergeable ID LENGTH                 MADV_MERGEABLE on LENGTH bytes
@@ -104,6 +106,23 @@ static long replace(int id, unsigned long first, unsigned long count) {
     void *at = mmap((void *)(maps[id] + first * PAGE), count * PAGE, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     return at == MAP_FAILED ? -1 : 0;
+}
+
+static long over(int id, unsigned long first, unsigned long count, const char *path) {
+    volatile unsigned char *map = maps[id];
+    long result = map_at((void *)(map + first * PAGE), id, path, first * PAGE, count * PAGE, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_FIXED);
+    maps[id] = map;
+    return result;
+}
+
+static long load(int id, unsigned long first, unsigned long count, const char *path) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    ssize_t length = pread(fd, (void *)(maps[id] + first * PAGE), count * PAGE, (off_t)(first * PAGE));
+    close(fd);
+    return length == (ssize_t)(count * PAGE) ? 0 : -1;
 }
 
 static int stay(void *parent) {
@@ -214,6 +233,10 @@ int main(void) {
             reply(madvise((void *)maps[id], a, MADV_NOHUGEPAGE));
         } else if (strcmp(word, "replace") == 0 && sscanf(line + used, "%lu %lu", &a, &b) == 2) {
             reply(replace(id, a, b));
+        } else if (strcmp(word, "over") == 0 && sscanf(line + used, "%lu %lu %4095s", &a, &b, path) == 3) {
+            reply(over(id, a, b, path));
+        } else if (strcmp(word, "load") == 0 && sscanf(line + used, "%lu %lu %4095s", &a, &b, path) == 3) {
+            reply(load(id, a, b, path));
         } else if (strcmp(word, "track") == 0 && sscanf(line + used, "%lu", &a) == 1) {
             reply(track(id, a));
         } else if (strcmp(word, "close") == 0) {

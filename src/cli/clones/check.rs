@@ -17,7 +17,7 @@ use crate::clones::registry::process_tree::ProcessTrees;
 use crate::clones::registry::{self, Entry};
 use crate::control::Served;
 use crate::error::{Code, Error, Result};
-use crate::sanitize::sanitize;
+use crate::sanitize::{path_text, sanitize};
 use crate::store::{Digest, Store, TemplateRef};
 
 /// Prove that clones share the memory of their template
@@ -66,9 +66,12 @@ impl Report for CheckReport {
                 writeln!(out, "    hint: {}", sanitize(remedy.as_deref().unwrap_or_default()))?;
             }
         }
-        let failed = self.clones.iter().filter(|clone| !clone.ok).count();
+        // A clone can have several processes.
+        let ids: HashSet<&str> = self.clones.iter().map(|clone| clone.id.as_str()).collect();
+        let failed = self.clones.iter().filter(|clone| !clone.ok).map(|clone| clone.id.as_str());
+        let failed = failed.collect::<HashSet<_>>().len();
         if failed > 0 {
-            let all = counted(self.clones.len() as u64, "clone", "clones");
+            let all = counted(ids.len() as u64, "clone", "clones");
             writeln!(out, "{failed} of {all} failed")?;
         }
         Ok(())
@@ -82,11 +85,27 @@ impl Report for CheckReport {
 pub fn run(args: &CheckArgs, global: &Global) -> Result<Done> {
     let filter = StoreFilter::of(global)?;
     let digest = args.template.as_ref().map(|t| Store::open(&global.store)?.resolve(t)).transpose()?;
-    let host = Host::new()?;
-    let (entries, unread) = registry::list_and_unread()?;
-    let (mut candidates, unread) = match args.all {
-        true => (all(&host, &filter, &entries)?, unread.into_iter().reduce(Error::and)),
-        false => (named(&args.clones, &filter, &entries)?, None),
+    let mut host = Host::new()?;
+    let (entries, mut unread) = registry::list_and_unread()?;
+    let mounts_unread = host.take_unread();
+    let mut candidates = if args.all {
+        for mountpoint in host.strangers(|store| filter.has(store, "")) {
+            let place = path_text(mountpoint);
+            log::warn!(
+                "{place}: the mount has no readable record in this runtime directory, so processes that map its \
+                 templates were not searched; run this command with the STENCIL_RUNTIME_DIR of the mount"
+            );
+        }
+        unread.extend(mounts_unread);
+        all(&host, &filter, &entries)?
+    } else {
+        mounts_unread.iter().for_each(|error| log::warn!("{error}"));
+        let (candidates, has_strangers) = named(&args.clones, &filter, &entries)?;
+        // The expected template of a process without a clone may be in a record that cannot be read.
+        if !has_strangers {
+            unread.clear();
+        }
+        candidates
     };
     let mut clones = Vec::new();
     if let Some(digest) = digest {
@@ -104,21 +123,25 @@ pub fn run(args: &CheckArgs, global: &Global) -> Result<Done> {
     let is_ok = clones.iter().all(|clone| clone.ok);
     let done = Done::report(CheckReport { clones });
     let done = if is_ok { done } else { done.exit_as(Code::CheckFailed) };
-    // A record that cannot be read may belong to a living clone.
-    Ok(match unread {
+    // A record that cannot be read may belong to a living clone, or to a mount that processes use.
+    Ok(match unread.into_iter().reduce(Error::and) {
         Some(error) => done.but_failed(error),
         None => done,
     })
 }
 
-/// Returns the clones with these ids or process ids.
-fn named(clones: &[String], filter: &StoreFilter, entries: &[Entry]) -> Result<Vec<Candidate>> {
+/// Returns the clones with these ids or process ids, and whether a process belongs to no clone.
+fn named(clones: &[String], filter: &StoreFilter, entries: &[Entry]) -> Result<(Vec<Candidate>, bool)> {
     let trees = ProcessTrees::scan(entries);
+    let mut has_strangers = false;
     let candidate = |clone: &String| {
         if let Some(entry) = entries.iter().find(|entry| entry.id == *clone) {
             entry.expect_ours()?;
             filter.expect(entry)?;
-            return of_entry(entry, &trees);
+            let mut candidate = of_entry(entry, &trees)?;
+            // A process that is stuck may belong to the clone. The check fails if the process cannot be inspected.
+            candidate.pids.extend(trees.unseen(entry).iter().filter(|pid| **pid != entry.pid));
+            return Ok(candidate);
         }
         let pid: u32 = clone.parse().map_err(|_| {
             Error::not_found(format!("no clone has the id '{clone}'"))
@@ -126,9 +149,11 @@ fn named(clones: &[String], filter: &StoreFilter, entries: &[Entry]) -> Result<V
         })?;
         let is_its = |entry: &&Entry| trees.of(entry).iter().any(|process| process.pid == pid);
         let digest = entries.iter().find(is_its).map(digest_of).transpose()?;
+        has_strangers |= digest.is_none();
         Ok(Candidate { id: pid.to_string(), pids: vec![pid], digest })
     };
-    clones.iter().map(candidate).collect()
+    let candidates: Result<_> = clones.iter().map(candidate).collect();
+    Ok((candidates?, has_strangers))
 }
 
 /// Returns all clones that have not ended, and all other processes that map a template.
@@ -159,4 +184,22 @@ fn of_entry(entry: &Entry, trees: &ProcessTrees) -> Result<Candidate> {
 
 fn digest_of(entry: &Entry) -> Result<Digest> {
     entry.template.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clone_with_several_processes_is_counted_once() {
+        let row = |id: &str, pid| {
+            let candidate = Candidate { id: id.to_owned(), pids: vec![pid], digest: None };
+            let digests = [1, 2].map(|byte| Digest::new([byte; 32]));
+            Checked::of_other_template(&candidate, &digests[0], &digests[1])
+        };
+        let proven = Checked { ok: true, ..row("b", 3) };
+        let mut text = Vec::new();
+        CheckReport { clones: vec![row("a", 1), row("a", 2), proven] }.text(&mut text).unwrap();
+        assert!(String::from_utf8(text).unwrap().ends_with("\n1 of 2 clones failed\n"));
+    }
 }

@@ -11,7 +11,7 @@ use crate::clones::ranges::{intersect, joined};
 use crate::control::{FileStatus, Mount, MountStatus, Served};
 use crate::error::{Error, Result};
 use crate::sanitize::path_text;
-use crate::store::{Digest, Serving, Template};
+use crate::store::{Digest, FileKind, Serving, Template};
 use crate::sys::memory::smaps::FlaggedMapping;
 use crate::units::Bytes;
 
@@ -103,22 +103,32 @@ impl Judge<'_> {
                 format!("map the file in {}", path_text(&self.mounts[map.mount].mountpoint)),
             ));
         }
-        let template = self.open(&clone.maps[0]);
-        let memory = template.and_then(|template| Ok((template.roles()?.memory, template)));
-        let (memory, template) =
-            memory.map_err(|error| of_error(&error, "run 'stencil verify' to check the store"))?;
-        let Some(memory) = memory else {
-            return Ok(format!("maps files of template {}, which has no memory file", digest.short()));
-        };
-        let index = template.find_file(&memory).map_err(|error| of_error(&error, "run 'stencil verify'"))?;
-        let (size, mapped) = (template.files()[index].size, mapped(clone, measured, index, &template));
-        if mapped < size {
-            return Err((
-                format!("{mapped} of {size} of '{memory}' are mapped; the rest comes from elsewhere"),
-                format!("map the whole file '{memory}'"),
-            ));
+        if let Some(handler) = &facts.handler {
+            return Err((handler.describe(), "use the File backend".to_owned()));
         }
-        Ok(format!("all of '{memory}' ({size}) of template {} is mapped", digest.short()))
+        let template = self.open(&clone.maps[0]);
+        let template =
+            template.map_err(|error| of_error(&error, "run 'stencil verify' to check the store"))?;
+        let mut whole = Vec::new();
+        for (index, file) in template.files().iter().enumerate() {
+            if file.kind != FileKind::Ram {
+                continue;
+            }
+            let (name, size, mapped) =
+                (&file.name, file.size, mapped(facts, clone, measured, index, file.size));
+            if mapped < size {
+                return Err((
+                    format!("{mapped} of {size} of '{name}' are mapped; the process does not map the rest"),
+                    format!("map the whole file '{name}'"),
+                ));
+            }
+            whole.push(format!("'{name}' ({size})"));
+        }
+        let template = digest.short();
+        Ok(match whole.is_empty() {
+            true => format!("maps files of template {template}, which has no memory file"),
+            false => format!("all of {} of template {template} is mapped", whole.join(", ")),
+        })
     }
 
     fn open(&self, map: &TemplateMapping) -> Result<Template> {
@@ -131,7 +141,9 @@ impl Judge<'_> {
         for mount in &used {
             self.status(*mount).map_err(|error| match error {
                 Some(error) => of_error(error, "run 'stencil status'"),
-                None => ("the mount was not asked".to_owned(), "run this command again".to_owned()),
+                None => {
+                    ("the status of the mount is unknown".to_owned(), "run this command again".to_owned())
+                }
             })?;
         }
         let places: Vec<String> =
@@ -149,7 +161,7 @@ impl Judge<'_> {
             let file =
                 self.status(map.mount).ok().and_then(|status| file_of(status, map)).ok_or_else(|| {
                     (
-                        format!("the mount does not say how '{}' is served", map.file),
+                        format!("the status of the mount does not list '{}'", map.file),
                         "run 'stencil status' to see the mount and its templates".to_owned(),
                     )
                 })?;
@@ -196,9 +208,8 @@ fn served(map: &TemplateMapping, file: &FileStatus) -> Option<Served> {
     }
 }
 
-/// Returns how much of a file is mapped, with zero memory and replaced pages in its place.
-fn mapped(clone: &CloneProcess, measured: &Measured, index: usize, template: &Template) -> Bytes {
-    let size = template.files()[index].size.get();
+/// Returns how much of a file with this size is mapped, with zero memory and plain anonymous memory in its place.
+fn mapped(facts: &Facts, clone: &CloneProcess, measured: &Measured, index: usize, size: Bytes) -> Bytes {
     let parts = clone.maps.iter().filter(|map| map.index == index);
     let mut ranges: Vec<_> =
         parts.map(|map| map.offset.get()..map.offset.get().saturating_add(map.length.get())).collect();
@@ -206,9 +217,10 @@ fn mapped(clone: &CloneProcess, measured: &Measured, index: usize, template: &Te
         let map = &clone.maps[replaced.map];
         if map.index == index {
             let offset = |address: u64| address.wrapping_sub(map.distance());
-            ranges.push(offset(replaced.range.start)..offset(replaced.range.end));
+            let memory = facts.unnamed_memory(&replaced.range);
+            ranges.extend(memory.map(|part| offset(part.start)..offset(part.end)));
         }
     }
-    let inside = intersect(&joined(ranges), std::slice::from_ref(&(0..size)));
+    let inside = intersect(&joined(ranges), std::slice::from_ref(&(0..size.get())));
     inside.iter().map(|range| Bytes::new(range.end - range.start)).sum()
 }

@@ -1,13 +1,16 @@
 //! Judges the properties that depend on the mappings of a process and on their pages.
 
+use std::ops::Range;
+
 use super::facts::Facts;
 use super::properties::Finding;
 use crate::clones::accounting::{Measured, all_copied};
 use crate::clones::find::{CloneProcess, TemplateMapping};
 use crate::error::Result;
 use crate::store::Serving;
+use crate::sys::memory::pagemap::DirtyRange;
 use crate::sys::memory::smaps::FlaggedMapping;
-use crate::units::HUGE_PAGE_SIZE;
+use crate::units::{Bytes, HUGE_PAGE_SIZE};
 
 /// Returns each template mapping with its flags.
 fn flagged<'a>(
@@ -24,13 +27,13 @@ fn flagged<'a>(
         (
             map,
             found.ok_or_else(|| {
-                (format!("'{}' was mapped anew during the check", map.file), AGAIN.to_owned())
+                (format!("the mapping of '{}' changed during the check", map.file), RETRY_REMEDY.to_owned())
             }),
         )
     })
 }
 
-const AGAIN: &str = "run this command again";
+const RETRY_REMEDY: &str = "run this command again";
 
 pub fn private(facts: &Facts, clone: &CloneProcess) -> Finding {
     for (map, mapping) in flagged(facts, clone) {
@@ -48,12 +51,13 @@ pub fn huge_entries(facts: &Facts, clone: &CloneProcess) -> Finding {
     let mut checked = 0;
     for (map, mapping) in flagged(facts, clone) {
         let mapping = mapping?;
-        // No entry of a mapping by decode, of zero memory or of a small part has 2 MiB.
-        if map.serving == Serving::Decode || map.anonymous || map.length.get() < HUGE_PAGE_SIZE {
+        // No entry of a mapping by decode, of zero memory or of a small file has 2 MiB. Zero memory and balloons split
+        // a mapping into small parts.
+        if map.serving == Serving::Decode || map.anonymous || map.file_size.get() < HUGE_PAGE_SIZE {
             continue;
         }
         checked += 1;
-        if !map.distance().is_multiple_of(HUGE_PAGE_SIZE) {
+        if !map.is_aligned() {
             return Err((
                 format!("'{}' is mapped at {:#x}, file offset {:#x}", map.file, map.start, map.offset.get()),
                 "map the file at an address that is congruent to the file offset modulo 2 MiB; QEMU: align=2M".to_owned(),
@@ -96,18 +100,32 @@ pub fn not_copied(facts: &Facts, clone: &CloneProcess, measured: &Measured) -> F
     if let Some((map, bytes)) = all_copied(clone, measured).first() {
         return Err((format!("every page of a mapping of '{}' is copied ({bytes})", map.file), remedy()));
     }
-    let (private, samples) = (measured.memory.private_bytes, &facts.samples);
-    let is_most = private.get() > measured.memory.mapped_bytes.get() / 2;
-    if is_most && samples.equal > samples.copied / 2 {
+    let ((copied, all), samples) = (copied(clone, measured), &facts.samples);
+    let is_most = copied.get() > all.get() / 2;
+    // Pages in swap are not compared. Without a comparison, the copies are not proven to be needed.
+    if is_most && samples.equal >= samples.copied.div_ceil(2) {
         return Err((
             format!(
-                "{private} are copied, and {} of {} compared copies are equal to the template",
+                "{copied} of {all} are copied, and {} of {} compared copies are equal to the template",
                 samples.equal, samples.copied
             ),
             remedy(),
         ));
     }
-    Ok(format!("{private} of {} are copied", measured.memory.mapped_bytes))
+    Ok(format!("{copied} of {all} are copied"))
+}
+
+/// Returns the size of the copied pages, in RAM and in swap, and the size of the memory that can have copies: template
+/// mappings and replaced pages. Zero memory shares nothing, so it is left out.
+fn copied(clone: &CloneProcess, measured: &Measured) -> (Bytes, Bytes) {
+    let shared = clone.maps.iter().zip(&measured.copied).filter(|(map, _)| !map.anonymous);
+    let shared = shared.map(|(map, copies)| (copies, map.length));
+    let size = |range: &Range<u64>| Bytes::new(range.end - range.start);
+    let replaced = measured.replaced.iter().map(|(replaced, copies)| (copies, size(&replaced.range)));
+    let add = |sum: (Bytes, Bytes), (copies, length): (&Vec<DirtyRange>, Bytes)| {
+        (sum.0 + copies.iter().map(|copy| size(&copy.range)).sum::<Bytes>(), sum.1 + length)
+    };
+    shared.chain(replaced).fold((Bytes::ZERO, Bytes::ZERO), add)
 }
 
 pub fn bytes(facts: &Facts) -> Finding {

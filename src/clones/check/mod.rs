@@ -19,7 +19,7 @@ use crate::control::{self, Listing, Mount, Served};
 use crate::error::{Error, Result};
 use crate::store::Digest;
 use crate::sys::process::holders::{self, SCAN_TIMEOUT, Unseen};
-use crate::sys::process::procfs;
+use crate::sys::process::procfs::{self, MountLine};
 use facts::Look;
 use judge::{Judge, Status};
 
@@ -27,6 +27,9 @@ pub use properties::{Check, Property};
 
 /// Time limit for the inspection of one process. It scans the page tables twice and reads at most 512 pages.
 const INSPECTION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Only a blocked inspection usually takes longer.
+const SLOW_INSPECTION: Duration = Duration::from_secs(1);
 
 /// A clone to check.
 #[derive(Debug, Clone)]
@@ -58,6 +61,8 @@ pub struct Host {
     inodes: Arc<Inodes>,
     /// Devices of all Stencil mounts, known to this runtime directory or not.
     devices: HashSet<u64>,
+    /// Stencil mounts without a readable record in this runtime directory.
+    strangers: Vec<MountLine>,
 }
 
 impl Checked {
@@ -80,11 +85,27 @@ impl Host {
     /// Returns an error if the runtime directory or a store cannot be read.
     pub fn new() -> Result<Host> {
         let listing = control::list()?;
-        listing.unread.iter().for_each(|error| log::warn!("{error}"));
-        let table = procfs::mounts()?.into_iter().filter(|line| line.fs_type == procfs::FS_TYPE);
-        let known = listing.mounts.iter().map(|mount| mount.device);
-        let devices = table.map(|line| line.dev).chain(known).collect();
-        Ok(Host { inodes: Arc::new(Inodes::of(&listing.mounts)?), listing, devices })
+        let mut table = procfs::mounts()?;
+        table.retain(|line| line.fs_type == procfs::FS_TYPE);
+        // Processes can still map the files of detached mounts.
+        let known: HashSet<u64> =
+            listing.mounts.iter().chain(&listing.dead).map(|mount| mount.device).collect();
+        let devices = table.iter().map(|line| line.dev).chain(known.iter().copied()).collect();
+        table.retain(|line| !known.contains(&line.dev));
+        Ok(Host { inodes: Arc::new(Inodes::of(&listing.mounts)?), listing, devices, strangers: table })
+    }
+
+    /// Takes the errors of the records of mounts that cannot be read. Processes of these mounts are not among the
+    /// [users](Host::users).
+    pub fn take_unread(&mut self) -> Vec<Error> {
+        std::mem::take(&mut self.listing.unread)
+    }
+
+    /// Returns the mountpoints of wanted Stencil mounts without a readable record in this runtime directory. `is_wanted`
+    /// gets the path of the mount's store.
+    pub fn strangers(&self, is_wanted: impl Fn(&Path) -> bool) -> impl Iterator<Item = &Path> {
+        let wanted = self.strangers.iter().filter(move |line| is_wanted(Path::new(&line.source)));
+        wanted.map(|line| line.mountpoint.as_path())
     }
 
     /// Returns every process that maps a file of the wanted mounts of this runtime directory, alive or dead, and the
@@ -122,8 +143,8 @@ impl Host {
         pids.sort_unstable();
         pids.dedup();
         let inodes = Arc::clone(&self.inodes);
-        let looks =
-            holders::look_at_each(pids, INSPECTION_TIMEOUT, move |pid| Some(facts::look(pid, &inodes)));
+        let look = move |pid| Some(facts::look(pid, &inodes));
+        let looks = holders::look_slowly(pids, SLOW_INSPECTION, INSPECTION_TIMEOUT, look);
         let looks: BTreeMap<u32, Look> = looks.seen.into_iter().collect();
         let mut statuses: BTreeMap<usize, Status> = BTreeMap::new();
         let maps = looks.values().filter_map(|look| look.as_ref().ok()?.as_ref()?.measured.as_ref());

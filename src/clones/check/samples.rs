@@ -7,7 +7,7 @@ use crate::clones::accounting::{Measured, Originals};
 use crate::clones::find::{CloneProcess, Inodes};
 use crate::error::{Error, Result};
 use crate::store::{Digest, Template};
-use crate::sys::memory::pagemap::{Categories, Pagemap, Query};
+use crate::sys::memory::pagemap::{Categories, DirtyRange, Pagemap, Query};
 use crate::sys::memory::process_memory::ProcessMemory;
 use crate::units::{PAGE_SIZE, to_usize};
 
@@ -21,13 +21,13 @@ pub struct Samples {
     pub clean: u64,
     /// The first clean page with other bytes than the template: the file and the page.
     pub different: Option<(String, u64)>,
-    /// Number of compared copied pages.
+    /// Number of compared copied pages, with pages of memory that has replaced template pages.
     pub copied: u64,
     /// Compared copied pages that are equal to their page of the template.
     pub equal: u64,
 }
 
-/// Page-aligned addresses of one mapping, given by its index.
+/// Page-aligned addresses of one mapping, given by its index, or of replaced pages next to it.
 type Part = (usize, Range<u64>);
 
 impl Samples {
@@ -40,12 +40,15 @@ impl Samples {
         let mut pages = Pages { clone, inodes, templates: BTreeMap::new(), originals: Originals::default() };
         let (mut samples, mut clean, mut copied) = (Samples::default(), vec![], vec![]);
         for (index, (map, copies)) in clone.maps.iter().zip(&measured.copied).enumerate() {
-            let present = copies.iter().filter(|copy| !copy.swapped);
-            copied.extend(present.map(|copy| (index, copy.range.clone())));
+            // Zero memory shares no page.
             if !map.anonymous {
+                copied.extend(present(copies).map(|range| (index, range)));
                 let found = pagemap.scan(map.range(), &clean_pages())?;
                 clean.extend(found.into_iter().map(|region| (index, region.range)));
             }
+        }
+        for (replaced, private) in measured.replaced.iter().filter(|(replaced, _)| replaced.is_certain) {
+            copied.extend(present(private).map(|range| (replaced.map, range)));
         }
         for (index, address) in spread(&copied) {
             if let Some(is_equal) = pages.is_equal(&memory, index, address)? {
@@ -93,6 +96,10 @@ impl Pages<'_> {
         }
         Ok(Some(page == self.originals.page(&self.templates[&map.digest], map, address)?))
     }
+}
+
+fn present(copies: &[DirtyRange]) -> impl Iterator<Item = Range<u64>> + '_ {
+    copies.iter().filter(|copy| !copy.swapped).map(|copy| copy.range.clone())
 }
 
 fn clean_pages() -> Query {

@@ -33,6 +33,8 @@ pub struct ProcessTrees {
     marked: HashMap<Vec<u8>, Vec<ProcessId>>,
     /// Living processes that records name.
     recorded: HashSet<ProcessId>,
+    /// Processes that could not be inspected in time.
+    unseen: Vec<u32>,
 }
 
 impl ProcessTrees {
@@ -43,7 +45,7 @@ impl ProcessTrees {
         let pids = if search { procfs::pids().unwrap_or_default() } else { vec![] };
         let looks = holders::look_at_each(pids, SCAN_TIMEOUT, marked);
         let recorded = recorded.into_iter().filter(ProcessId::is_alive).collect();
-        let mut trees = ProcessTrees { marked: HashMap::new(), recorded };
+        let mut trees = ProcessTrees { marked: HashMap::new(), recorded, unseen: looks.unseen };
         for (_, (process, dir)) in looks.seen {
             trees.marked.entry(dir).or_default().push(process);
         }
@@ -59,6 +61,11 @@ impl ProcessTrees {
             all.extend(others.into_iter().flatten().filter(|p| Some(**p) != entry.process()));
         }
         all
+    }
+
+    /// Returns the processes that could not be inspected in time, if each may belong to the clone.
+    pub fn unseen(&self, entry: &Entry) -> &[u32] {
+        if may_have_others(entry) { &self.unseen } else { &[] }
     }
 }
 

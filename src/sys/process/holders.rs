@@ -26,7 +26,7 @@ use crate::sys::process::{procfs, tasks};
 /// Time limit for the inspection of a process. Even a busy host needs less.
 pub const SCAN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// An inspection that takes longer may be blocked; another thread then continues with the remaining processes.
+/// A usual inspection that takes longer may be blocked; another thread then continues with the remaining processes.
 const SLOW_INSPECTION: Duration = Duration::from_millis(20);
 
 /// Maximum number of threads that have not exceeded the time limit.
@@ -91,6 +91,16 @@ where
     T: Send + 'static,
     F: Fn(u32) -> Option<T> + Send + Sync + 'static,
 {
+    look_slowly(pids, SLOW_INSPECTION, timeout, look)
+}
+
+/// Same as [`look_at_each`] for inspections that usually take up to `slow`. While all inspections take longer, more
+/// threads start.
+pub fn look_slowly<T, F>(pids: Vec<u32>, slow: Duration, timeout: Duration, look: F) -> Looks<T>
+where
+    T: Send + 'static,
+    F: Fn(u32) -> Option<T> + Send + Sync + 'static,
+{
     let mut queue = pids;
     queue.reverse();
     let state = State { queue, busy: HashMap::new(), seen: Vec::new(), over: false };
@@ -106,13 +116,13 @@ where
     let mut state = shared.state();
     loop {
         let left = state.queue.len();
-        let slow = |than: Duration| state.busy.values().filter(|since| since.elapsed() > than).count();
-        let (stuck, busy) = (slow(timeout), state.busy.len());
+        let longer = |than: Duration| state.busy.values().filter(|since| since.elapsed() > than).count();
+        let (stuck, busy) = (longer(timeout), state.busy.len());
         // If no thread can be started, the rest of the queue stays unseen.
         if busy == stuck && (left == 0 || !can_start) {
             break;
         }
-        let all_slow = busy > 0 && slow(SLOW_INSPECTION) == busy;
+        let all_slow = busy > 0 && longer(slow) == busy;
         if all_slow && left > 0 && busy - stuck < MAX_THREADS {
             drop(state);
             can_start = start(busy.min(MAX_THREADS));
@@ -426,6 +436,19 @@ mod tests {
         assert_eq!(looks.seen, free);
         assert_eq!(looks.unseen, (1..=90).filter(|n| n % 3 == 0).collect::<Vec<u32>>());
         assert!(took < Duration::from_secs(4), "{took:?}");
+    }
+
+    #[test]
+    fn slow_inspections_start_no_more_threads_than_usual() {
+        let threads = Arc::new(Mutex::new(HashSet::new()));
+        let known = Arc::clone(&threads);
+        let looks = look_slowly((1..=12).collect(), SCAN_TIMEOUT, 2 * SCAN_TIMEOUT, move |pid| {
+            known.lock().unwrap().insert(std::thread::current().id());
+            std::thread::sleep(3 * SLOW_INSPECTION);
+            Some(pid)
+        });
+        assert_eq!((looks.seen.len(), looks.unseen.len()), (12, 0));
+        assert!(threads.lock().unwrap().len() <= 4);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 use serde_json::Value;
 use stencilfs::sys::process::ProcessId;
@@ -129,6 +130,34 @@ fn each_cause_that_loses_sharing_fails_its_property() {
     actor.tell(&format!("map 1 {} {} {} rw", memory.display(), SIZE / 2, SIZE / 2));
     is_proven(&world, &[&pid(&actor)]);
 
+    // Other memory between the first and the last page: a mapping of the copy, and anonymous memory with its bytes.
+    let inner = SIZE / PAGE - 2;
+    let mut actor = Actor::start();
+    map(&mut actor, &memory);
+    actor.tell(&format!("over 0 1 {inner} {}", copy.display()));
+    assert_eq!(failed(&world, &[&pid(&actor)]), set(&["template"]));
+    actor.tell(&format!("replace 0 1 {inner}"));
+    is_proven(&world, &[&pid(&actor)]);
+    actor.tell(&format!("load 0 1 {inner} {}", copy.display()));
+    assert_eq!(failed(&world, &[&pid(&actor)]), set(&["not-copied"]));
+
+    // Most pages of the first half are copied without a change. The second half is zero memory.
+    let half = SIZE / PAGE / 2;
+    let mut actor = Actor::start();
+    map(&mut actor, &memory);
+    actor.tell(&format!("replace 0 {half} {}", half - 1));
+    for page in 0..half / 10 * 9 {
+        actor.tell(&format!("write 0 {page} 7"));
+    }
+    assert_eq!(failed(&world, &[&pid(&actor)]), set(&["not-copied"]));
+
+    // A balloon splits a misaligned mapping into small parts.
+    let (mut actor, misaligned) = mapped("shifted", &memory);
+    for part in 0..SIZE / PAGE / 256 {
+        actor.tell(&format!("replace 0 {} 1", part * 256 + 128));
+    }
+    assert_eq!(failed(&world, &[&misaligned]), set(&["huge-entries"]));
+
     // What prealloc does: a write to each page that changes no byte. Then a few pages are discarded.
     let mut actor = Actor::start();
     map(&mut actor, &memory);
@@ -150,6 +179,47 @@ fn each_cause_that_loses_sharing_fails_its_property() {
     let dead = pid(&actor);
     actor.kill();
     assert_eq!(failed(&world, &[&dead]), set(&["process"]));
+}
+
+#[test]
+fn every_ram_file_must_be_mapped() {
+    let _host = host::shared();
+    let world = TestMount::new("passthrough");
+    let source = world.dir().join("source");
+    fs::write(&source, vec![7; 4 << 20]).unwrap();
+    let dimm = format!("dimm={}", source.display());
+    let imported = world.json(&["import", source.to_str().unwrap(), "two:1", "--file", &dimm]);
+    let digest = imported["digest"].as_str().unwrap();
+    world.wait_until_verified(digest);
+    let mut actor = Actor::start();
+    let pid = actor.pid().to_string();
+    for (id, file) in ["memory", "dimm"].into_iter().enumerate() {
+        actor.tell(&format!("map {id} {} 0 {} rw", world.file(digest, file).display(), 4 << 20));
+        match file {
+            "dimm" => is_proven(&world, &[&pid]),
+            _ => assert_eq!(failed(&world, &[&pid]), set(&["template"])),
+        }
+    }
+}
+
+#[test]
+fn no_mount_is_left_out_silently() {
+    let _host = host::shared();
+    let (world, digest) = world("decode");
+    let (_actor, _) = mapped("shared", &world.file(&digest, "memory"));
+    let elsewhere = world.dir().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let mut other = world.command();
+    let other = other.env("STENCIL_RUNTIME_DIR", &elsewhere).args(["check", "--all"]).output().unwrap();
+    let warning = String::from_utf8(other.stderr).unwrap();
+    assert!(warning.contains("the mount has no readable record in this runtime directory"), "{warning}");
+    let record = fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap();
+    let record = record.path().join("mount.json");
+    let text = fs::read(&record).unwrap();
+    fs::write(&record, &text[..text.len() / 2]).unwrap();
+    let run = world.stencil(&["check", "--all"]).exits(75);
+    assert!(run.err.contains("cannot read the record of a mount"), "{run:?}");
+    fs::write(&record, &text).unwrap();
 }
 
 #[test]
@@ -188,5 +258,11 @@ fn a_mount_without_processes_proves_nothing() {
         assert_eq!(failed(&world, &[words]), set(&["template"]));
         let text = world.stencil(&["check", words]).exits(6).out;
         assert!(text.contains("the mount is dead") && text.contains("stencil umount"), "{text}");
+    }
+    unmount(world.mountpoint(), UnmountFlags::DETACH).unwrap();
+    for words in [&pid[..], "--all"] {
+        assert_eq!(failed(&world, &[words]), set(&["template"]));
+        let text = world.stencil(&["check", words]).exits(6).out;
+        assert!(text.contains("the mount is dead") && text.contains("the detached mount"), "{text}");
     }
 }

@@ -17,8 +17,8 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) {
         let (mut decode, mut misaligned) = (Bytes::ZERO, Bytes::ZERO);
         for (map, clean) in clone.maps.iter().zip(&measured.clean) {
             match map.serving {
-                Serving::Decode if has_backing(survey, map) => decode += *clean,
-                Serving::Passthrough if map.length.get() >= HUGE_PAGE_SIZE && !is_aligned(map) => {
+                Serving::Decode if survey.has_backing(map.mount, map.digest, &map.file) => decode += *clean,
+                Serving::Passthrough if map.length.get() >= HUGE_PAGE_SIZE && !map.is_aligned() => {
                     misaligned += *clean;
                 }
                 _ => {}
@@ -35,6 +35,9 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) {
         if memory.overhead_bytes > copies + tables {
             Reasons::push(list, Code::Overhead, memory.overhead_bytes);
         }
+    }
+    for row in &survey.density.templates {
+        reasons.of_template(row.digest, Code::ResidentZeros, row.resident_zero_bytes);
     }
     for ((digest, _), pages) in copied_by_all(&survey.clones) {
         reasons.of_template(digest, Code::CopiedByAll, pages);
@@ -53,17 +56,6 @@ pub fn all_copied<'a>(clone: &'a CloneProcess, measured: &Measured) -> Vec<(&'a 
     }
     let all = mappings.into_values().filter(|(_, copies, size)| copies == size);
     all.map(|(map, copies, _)| (map, copies)).collect()
-}
-
-fn has_backing(survey: &Survey, map: &TemplateMapping) -> bool {
-    survey
-        .backings
-        .iter()
-        .any(|(mount, backing)| (*mount, backing.digest, &backing.file) == (map.mount, map.digest, &map.file))
-}
-
-fn is_aligned(map: &TemplateMapping) -> bool {
-    map.distance().is_multiple_of(HUGE_PAGE_SIZE)
 }
 
 /// Digest of a template, and index of a file.

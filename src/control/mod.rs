@@ -16,7 +16,7 @@ pub use mounts::condemn::Condemnation;
 pub use mounts::daemon::{exec_supervisor, find_daemon, start_supervisor};
 pub use mounts::listing::{
     Listing, every_mount, every_mount_of, is_of_store, list, lives, mount_of, mounts, mounts_and_dead,
-    mounts_of, with_store,
+    mounts_of, with_store, with_store_or_error,
 };
 pub use mounts::mount_lock::MountLock;
 pub use mounts::registry::{CONTROL_SOCKET, LOG_FILE, Mount, Record, RecordDir, socket_path};

@@ -70,6 +70,10 @@ fn processes_that_share_an_address_space_are_one_clone() {
     parent.tell("fork 0 3 200");
     let density = audited(&world);
     assert_eq!(figures(&density)[..3], [json!(3), json!(3 * SIZE), json!(112 * PAGE)]);
+
+    // The frames are still shared if the mapping of one of both begins later. The child keeps its copy of the page.
+    parent.tell("replace 0 0 1");
+    assert_eq!(audited(&world)["totals"]["private_bytes"], 112 * PAGE);
 }
 
 #[test]

@@ -160,14 +160,19 @@ pub(super) fn hidden_frames() -> Error {
 
 /// Returns which pages of each clone another clone may have too.
 ///
-/// A forked child maps the same file at the same address as its parent. A clone that has called execve(2) since its fork
-/// began with empty memory; if all clones at an address have, none of them shares a page. A simulated clone maps the
+/// A forked child maps the same file at the same distance between address and offset as its parent, also if one of both has
+/// replaced pages of the mapping. A clone that has called execve(2) since its fork
+/// began with empty memory; if all clones at a distance have, none of them shares a page. A simulated clone maps the
 /// template after its fork and never forks.
 pub(super) fn shared(clones: &[CloneProcess], records: &Records) -> Vec<Shared> {
-    let mut at: HashMap<(u64, u64, u64, u64), Vec<usize>> = HashMap::new();
+    let mut at: HashMap<(u64, u64, u64), Vec<usize>> = HashMap::new();
     for (index, clone) in clones.iter().enumerate() {
         for map in &clone.maps {
-            at.entry((map.start, map.dev, map.ino, map.offset.get())).or_default().push(index);
+            let indexes = at.entry((map.distance(), map.dev, map.ino)).or_default();
+            // Zero memory and replaced pages split a mapping into parts.
+            if indexes.last() != Some(&index) {
+                indexes.push(index);
+            }
         }
     }
     let mut shared = vec![Shared::Nothing; clones.len()];

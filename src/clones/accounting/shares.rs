@@ -67,15 +67,14 @@ pub(super) struct TemplatePages {
 }
 
 impl Shares {
-    /// Adds to what each clone has alone, `own`, its share of the templates' pages, and of what all clones have in common.
-    pub(super) fn new(own: Vec<Parts>, templates: &[TemplatePages], common: Parts) -> Shares {
+    /// Adds to what each clone has alone, `own`, its share of the templates' pages, and of the RAM of the stores.
+    pub(super) fn new(own: Vec<Parts>, templates: &[TemplatePages], store_cache: Bytes) -> Shares {
         let mut shares = Shares { clones: own, unused: Parts::default() };
         for TemplatePages { resident, users } in templates {
             shares.split(*resident, users, |parts| &mut parts.template_bytes);
         }
         let all: Vec<usize> = (0..shares.clones.len()).collect();
-        shares.split(common.store_cache_bytes, &all, |parts| &mut parts.store_cache_bytes);
-        shares.split(common.page_table_bytes, &all, |parts| &mut parts.page_table_bytes);
+        shares.split(store_cache, &all, |parts| &mut parts.store_cache_bytes);
         shares
     }
 

@@ -1,7 +1,7 @@
 //! A measurement of all clones of some mounts.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use serde::Serialize;
@@ -11,14 +11,14 @@ use super::process::{CloneMemory, Measured, measure};
 use super::records::{Records, is_simulated, record_of, records_by_process};
 use super::shares::{Parts, Shares};
 use super::templates::{TemplateMemory, Templates, add_shares};
-use super::totals::{self, Copied, Totals};
+use super::totals::{self, Copied, KvmTables, Totals};
 use super::{disks, residency};
 use crate::clones::baseline::Baseline;
 use crate::clones::find::handlers::{self, Handler};
 use crate::clones::find::{self, CloneProcess, DeadMount, Inodes, TemplateMapping};
 use crate::clones::registry;
 use crate::clones::zero_memory::ZeroMemory;
-use crate::control::{Mount, Residency};
+use crate::control::{self, Mount, Residency};
 use crate::error::Result;
 use crate::store::{Digest, Template};
 use crate::sys::memory::pagemap;
@@ -84,11 +84,19 @@ pub struct Survey {
     /// The template files of the mounts, by device and inode number.
     pub inodes: Inodes,
     /// The templates of the mounts.
-    pub(super) opened: BTreeMap<Digest, Template>,
+    pub(super) opened: Arc<BTreeMap<Digest, Template>>,
     /// The backings of the mounts, each with the index of its mount.
     pub(super) backings: Vec<(usize, Residency)>,
     /// Free memory of the host before the launch, if all clones belong to one launch with a baseline.
     pub baseline: Option<Baseline>,
+}
+
+impl Survey {
+    /// Returns true if this mount has a backing of the file.
+    pub(super) fn has_backing(&self, mount: usize, digest: Digest, file: &str) -> bool {
+        let backings = self.backings.iter().map(|(mount, its)| (*mount, its.digest, its.file.as_str()));
+        backings.into_iter().any(|backing| backing == (mount, digest, file))
+    }
 }
 
 /// Measures all clones of these mounts, or the clones of one template.
@@ -98,20 +106,44 @@ pub struct Survey {
 pub fn survey(mounts: &[Mount], only: Option<&Digest>) -> Result<Survey> {
     let inodes = Inodes::of(mounts)?;
     let mut found = find::search(&inodes)?.complete()?;
+    let entries = registry::list()?;
+    let records = records_by_process(&entries);
+    let kvm = kvm_tables(mounts, &found, &records)?;
     if let Some(only) = only {
         found.retain(|clone| clone.maps.iter().any(|map| map.digest == *only));
     }
-    let entries = registry::list()?;
-    let records = records_by_process(&entries);
     let handlers = handlers::take_out(&mut found, |clone| !is_simulated(clone, &records))?;
     let mut clones = measure_all(found, &inodes, &records)?;
     disks::add(&mut clones, &entries)?;
     let processes: Vec<&CloneProcess> = clones.iter().map(|(clone, _)| clone).collect();
     let shared = SharedMemory::measure(mounts, only, &inodes, &processes)?;
-    let (density, shares) = density(mounts, &clones, handlers, &shared, &records)?;
+    let (density, shares) = figures(mounts, &clones, handlers, &shared, &records, &kvm)?;
     let baseline = baseline(&clones, &records);
     let SharedMemory { templates, backings, .. } = shared;
-    Ok(Survey { density, shares, clones, inodes, opened: templates.opened, backings, baseline })
+    Ok(Survey { density, shares, clones, inodes, opened: Arc::new(templates.opened), backings, baseline })
+}
+
+/// Returns the page tables of KVM of each clone. Clones of all mounts have them: those of other mounts, too.
+fn kvm_tables(mounts: &[Mount], found: &[CloneProcess], records: &Records) -> Result<KvmTables> {
+    let tables = totals::kvm_tables(found.iter(), records)?;
+    let all = if tables.is_empty() { Vec::new() } else { control::mounts_and_dead()? };
+    if all.len() <= mounts.len() {
+        return Ok(tables);
+    }
+    let of_all = find::search(&Inodes::of(&all)?)?.complete()?;
+    totals::kvm_tables(of_all.iter(), records)
+}
+
+/// Returns the size of the template pages of these mounts in RAM.
+///
+/// # Errors
+/// Same as [`survey`].
+pub fn template_bytes(mounts: &[Mount]) -> Result<Bytes> {
+    let inodes = Inodes::of(mounts)?;
+    let clones = find::search(&inodes)?.complete()?;
+    let clones: Vec<&CloneProcess> = clones.iter().collect();
+    let resident = residency::resident(mounts, &residency::backings(mounts)?, &inodes, &clones)?;
+    Ok(resident.iter().map(|file| file.bytes).sum())
 }
 
 /// The memory that clones share.
@@ -147,15 +179,24 @@ pub(super) fn density(
     shared: &SharedMemory,
     records: &Records,
 ) -> Result<(Density, Shares)> {
+    let kvm = totals::kvm_tables(clones.iter().map(|(clone, _)| clone), records)?;
+    figures(mounts, clones, handlers, shared, records, &kvm)
+}
+
+/// Same as [`density`], with these page tables of KVM.
+fn figures(
+    mounts: &[Mount],
+    clones: &[(CloneProcess, Measured)],
+    handlers: Vec<Handler>,
+    shared: &SharedMemory,
+    records: &Records,
+    kvm: &KvmTables,
+) -> Result<(Density, Shares)> {
     let processes: Vec<&CloneProcess> = clones.iter().map(|(clone, _)| clone).collect();
     let mut templates = shared.templates.rows(&processes, &shared.backings);
     let of_handlers: Bytes = handlers.iter().map(|handler| handler.memory_bytes).sum();
-    let common = Parts {
-        store_cache_bytes: shared.store_cache + of_handlers,
-        page_table_bytes: totals::kvm_tables(clones, records)?,
-        ..Parts::default()
-    };
-    let shares = Shares::new(own_parts(clones), &shared.templates.pages(&processes), common);
+    let store_cache = shared.store_cache + of_handlers;
+    let shares = Shares::new(own_parts(clones, kvm), &shared.templates.pages(&processes), store_cache);
     add_shares(&mut templates, &processes, &shares.clones);
     let copied = Copied::of(clones, &shared.templates.opened, records)?;
     let totals = Totals::new(clones, shares.total(), copied);
@@ -163,16 +204,18 @@ pub(super) fn density(
     Ok((Density { templates, clones: rows(clones, records), totals, handlers, dead_mounts }, shares))
 }
 
-/// Returns the memory that each clone has alone, or shares by a fork or KSM.
-fn own_parts(clones: &[(CloneProcess, Measured)]) -> Vec<Parts> {
+/// Returns the memory that each clone has alone, or shares by a fork or KSM. `kvm` are its page tables of KVM.
+fn own_parts(clones: &[(CloneProcess, Measured)], kvm: &KvmTables) -> Vec<Parts> {
     let distinct = frames::distinct(clones.iter().map(|(_, measured)| &measured.frames));
-    let own = |(Distinct { private, overhead }, (_, measured)): (Distinct, &(_, Measured))| Parts {
-        private_bytes: private,
-        overhead_bytes: overhead,
-        page_table_bytes: measured.memory.page_table_bytes,
-        disk_bytes: measured.memory.disk_bytes,
-        ..Parts::default()
-    };
+    let own =
+        |(Distinct { private, overhead }, (clone, measured)): (Distinct, &(CloneProcess, Measured))| Parts {
+            private_bytes: private,
+            overhead_bytes: overhead,
+            page_table_bytes: measured.memory.page_table_bytes
+                + kvm.get(&clone.process()).copied().unwrap_or_default(),
+            disk_bytes: measured.memory.disk_bytes,
+            ..Parts::default()
+        };
     distinct.into_iter().zip(clones).map(own).collect()
 }
 

@@ -1,6 +1,6 @@
 //! The RAM that the clones of a template share.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::fs::MetadataExt;
 
 use serde::Serialize;
@@ -126,17 +126,14 @@ impl Templates {
     /// Returns the templates with the figures of these clones.
     pub fn rows(&self, clones: &[&CloneProcess], backings: &[(usize, Residency)]) -> Vec<TemplateMemory> {
         let (mut rows, mut servings) = (self.rows.clone(), self.servings.clone());
+        let key = |(mount, its): &(usize, Residency)| ((*mount, its.digest, its.file.clone()), its.kind);
+        let kinds: HashMap<(usize, Digest, String), BackingKind> = backings.iter().map(key).collect();
         let kind = |map: &TemplateMapping| {
-            let of_map = |(mount, backing): &&(usize, Residency)| {
-                (*mount, backing.digest, &backing.file) == (map.mount, map.digest, &map.file)
-            };
-            backings.iter().find(of_map).map_or(BackingKind::Copy, |(_, backing)| backing.kind)
+            let of_map = kinds.get(&(map.mount, map.digest, map.file.clone()));
+            of_map.copied().unwrap_or(BackingKind::Copy)
         };
         for clone in clones {
-            let mut digests: Vec<Digest> = clone.maps.iter().map(|map| map.digest).collect();
-            digests.sort();
-            digests.dedup();
-            for digest in digests {
+            for digest in digests_of(clone) {
                 if let Some(row) = rows.get_mut(&digest) {
                     row.clones += 1;
                 }
@@ -173,15 +170,23 @@ impl Templates {
 
     /// Returns the pages of each template, and which of the clones map it.
     pub fn pages(&self, clones: &[&CloneProcess]) -> Vec<TemplatePages> {
-        let maps = |clone: &CloneProcess, digest: Digest| clone.maps.iter().any(|map| map.digest == digest);
-        let users = |digest: Digest| {
-            (0..clones.len()).filter(|index| maps(clones[*index], digest)).collect::<Vec<_>>()
+        let mut users: BTreeMap<Digest, Vec<usize>> = BTreeMap::new();
+        for (index, clone) in clones.iter().enumerate() {
+            for digest in digests_of(clone) {
+                users.entry(digest).or_default().push(index);
+            }
+        }
+        let pages = |row: &TemplateMemory| TemplatePages {
+            resident: row.resident_bytes,
+            users: users.remove(&row.digest).unwrap_or_default(),
         };
-        self.rows
-            .values()
-            .map(|row| TemplatePages { resident: row.resident_bytes, users: users(row.digest) })
-            .collect()
+        self.rows.values().map(pages).collect()
     }
+}
+
+/// Returns the templates that a clone maps.
+fn digests_of(clone: &CloneProcess) -> BTreeSet<Digest> {
+    clone.maps.iter().map(|map| map.digest).collect()
 }
 
 /// Sets what another clone of each template takes, from the shares of these clones.

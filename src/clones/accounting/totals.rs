@@ -1,6 +1,6 @@
 //! Sums over all clones, and the ratios between them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use serde::Serialize;
@@ -12,7 +12,7 @@ use crate::clones::find::CloneProcess;
 use crate::clones::ranges::joined;
 use crate::error::Result;
 use crate::store::{BLOCK_SIZE, Digest, Template};
-use crate::sys::process::procfs;
+use crate::sys::process::{ProcessId, procfs};
 use crate::units::{Bytes, PAGE_SIZE, PageCount, approximate, to_usize};
 
 /// Sums over all clones, in bytes. Each page frame is counted once.
@@ -172,19 +172,26 @@ fn new_pages(
     Ok(PageCount::new(new))
 }
 
-/// Returns true if a clone has a virtual machine. A simulated clone has none.
-fn any_runs_kvm(clones: &[(CloneProcess, Measured)], records: &Records) -> bool {
-    clones.iter().any(|(clone, _)| !is_simulated(clone, records) && runs_kvm(clone.pid))
-}
+/// The second-level page tables of KVM that each clone with a virtual machine has.
+pub(super) type KvmTables = HashMap<ProcessId, Bytes>;
 
-/// Returns the second-level page tables of KVM, if a clone has some. The kernel has this figure only for the whole host.
+/// Splits the second-level page tables of KVM between the clones with a virtual machine. The kernel has this figure only
+/// for the whole host. A simulated clone has no virtual machine.
 ///
 /// # Errors
 /// Returns an error if the memory figures of the host cannot be read.
-pub(super) fn kvm_tables(clones: &[(CloneProcess, Measured)], records: &Records) -> Result<Bytes> {
+pub(super) fn kvm_tables<'a>(
+    clones: impl Iterator<Item = &'a CloneProcess>,
+    records: &Records,
+) -> Result<KvmTables> {
     let tables = procfs::meminfo("SecPageTables")?.unwrap_or_default();
-    let are_theirs = tables > Bytes::ZERO && any_runs_kvm(clones, records);
-    Ok(if are_theirs { tables } else { Bytes::ZERO })
+    if tables == Bytes::ZERO {
+        return Ok(KvmTables::new());
+    }
+    let with_kvm = clones.filter(|clone| !is_simulated(clone, records) && runs_kvm(clone.pid));
+    let processes: Vec<ProcessId> = with_kvm.map(CloneProcess::process).collect();
+    let shares = tables.split(processes.len());
+    Ok(processes.into_iter().zip(shares).collect())
 }
 
 impl Totals {

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use stencilfs::units::Bytes;
 
-use crate::clones::accounting::{PAGE, number};
+use crate::clones::accounting::{PAGE, StoppedClones, number};
 use crate::support::host;
 use crate::support::mount::TestMount;
 
@@ -29,6 +29,7 @@ fn the_default_view_of_1000_clones_of_20_templates_has_30_lines() {
         std::fs::read(world.file(&digest, "memory")).unwrap();
         world.stencil(&["-q", "clone", &tag, "-n", &each, "--simulate", "read=2p,write=3p"]).ok();
     }
+    let stopped = StoppedClones::of(&world.json(&["ps"]));
     let density = world.json(&["density"]);
     let text = world.stencil(&["density"]).ok().out;
     println!("{text}");
@@ -53,7 +54,7 @@ fn the_default_view_of_1000_clones_of_20_templates_has_30_lines() {
     let further = bytes(&totals["bytes_per_further_clone"]);
     assert!(line(&text, "one more clone takes").contains(&further), "{text}");
     let headroom = &density["headroom"];
-    assert!(line(&text, "about ").contains("more fit (estimate)"), "{text}");
+    assert!(line(&text, "about ").contains("more fit (estimate;"), "{text}");
     let each = number(totals, "bytes_per_further_clone");
     if headroom["commit_left_bytes"].is_null() {
         assert_eq!(
@@ -77,5 +78,23 @@ fn the_default_view_of_1000_clones_of_20_templates_has_30_lines() {
     let wide = world.stencil(&["density", "--wide"]).ok().out;
     assert!(wide.lines().count() > total, "--wide has a line for each clone");
     assert!(wide.lines().all(|line| line.chars().count() <= 100), "{wide}");
+    drop(stopped);
     world.stencil(&["stop", "--all"]).ok();
+}
+
+#[test]
+fn without_the_record_of_a_mount_the_sums_are_shown_as_incomplete() {
+    let _host = host::shared();
+    let world = TestMount::new("decode");
+    let record = std::fs::read_dir(world.runtime_dir().join("mounts")).unwrap().next().unwrap().unwrap();
+    let record = record.path().join("mount.json");
+    let text = std::fs::read(&record).unwrap();
+    std::fs::write(&record, &text[..text.len() / 2]).unwrap();
+    let run = world.stencil(&["density"]).exits(75).says("cannot read the record of a mount");
+    assert!(run.out.starts_with("no clones"), "{run:?}");
+    let run = world.stencil(&["--json", "density"]).exits(75);
+    let density: Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!((&density["headroom"], &density["totals"]["clones"]), (&Value::Null, &Value::from(0)));
+    std::fs::write(&record, &text).unwrap();
+    world.stencil(&["density"]).ok();
 }

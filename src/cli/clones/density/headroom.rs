@@ -14,7 +14,7 @@ const NEVER_OVERCOMMIT: u64 = 2;
 /// Memory that further clones can take, and an estimate of their number.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Headroom {
-    /// `MemAvailable` without the pages of the templates. The kernel counts these pages as available, but clones need them.
+    /// `MemAvailable` without the pages of the templates of all mounts. The kernel counts these pages as available, but clones need them.
     pub available_bytes: Bytes,
     /// Rest of the commit limit; null if the kernel does not enforce the limit.
     pub commit_left_bytes: Option<Bytes>,
@@ -26,23 +26,23 @@ pub struct Headroom {
 }
 
 impl Headroom {
-    /// Reads the present figures of the host.
+    /// Reads the present figures of the host. `templates` is the size of the template pages of all mounts.
     ///
     /// # Errors
     /// Returns an error if these figures cannot be read.
-    pub fn now(totals: &Totals) -> Result<Headroom> {
+    pub fn now(totals: &Totals, templates: Bytes) -> Result<Headroom> {
         let read = |key: &str| {
             procfs::meminfo(key)?.ok_or_else(|| Error::failed(format!("missing {key} in /proc/meminfo")))
         };
         let is_limited = probe::number("/proc/sys/vm/overcommit_memory") == Some(NEVER_OVERCOMMIT);
         let left = || Ok::<_, Error>(read("CommitLimit")?.saturating_sub(read("Committed_AS")?));
         let commit_left = is_limited.then(left).transpose()?;
-        Ok(Headroom::of(totals, read("MemAvailable")?, commit_left))
+        Ok(Headroom::of(totals, templates, read("MemAvailable")?, commit_left))
     }
 
-    fn of(totals: &Totals, available: Bytes, commit_left: Option<Bytes>) -> Headroom {
+    fn of(totals: &Totals, templates: Bytes, available: Bytes, commit_left: Option<Bytes>) -> Headroom {
         let mut headroom = Headroom {
-            available_bytes: available.saturating_sub(totals.template_bytes),
+            available_bytes: available.saturating_sub(templates),
             commit_left_bytes: commit_left,
             commit_bytes_per_clone: totals.mapped_bytes.get().checked_div(totals.clones).map(Bytes::new),
             further_clones: None,
@@ -77,17 +77,22 @@ mod tests {
         let totals = Totals {
             clones: 4,
             mapped_bytes: Bytes::new(400),
-            template_bytes: Bytes::new(100),
+            // Of one template. All templates have 100 bytes.
+            template_bytes: Bytes::new(40),
             bytes_per_further_clone: Some(Bytes::new(30)),
             ..Totals::default()
         };
-        let headroom = |available, commit| Headroom::of(&totals, Bytes::new(available), commit);
+        let headroom =
+            |available, commit| Headroom::of(&totals, Bytes::new(100), Bytes::new(available), commit);
         assert_eq!(headroom(1000, None).further_clones, Some(30));
         assert_eq!(headroom(1000, Some(Bytes::new(699))).further_clones, Some(6));
         assert!(headroom(1000, Some(Bytes::new(699))).is_limited_by_commit());
         assert_eq!(headroom(200, Some(Bytes::new(9999))).further_clones, Some(3));
         assert!(!headroom(200, Some(Bytes::new(9999))).is_limited_by_commit());
         assert_eq!(headroom(50, None).further_clones, Some(0));
-        assert_eq!(Headroom::of(&Totals::default(), Bytes::new(9), Some(Bytes::new(9))).further_clones, None);
+        assert_eq!(
+            Headroom::of(&Totals::default(), Bytes::ZERO, Bytes::new(9), Some(Bytes::new(9))).further_clones,
+            None
+        );
     }
 }

@@ -19,7 +19,7 @@ const MAX_NAME: usize = 40;
 ///
 /// # Errors
 /// Returns an error if writing to `out` fails.
-pub fn print(density: &Density, headroom: &Headroom, out: &mut dyn Write) -> io::Result<()> {
+pub fn print(density: &Density, headroom: Option<&Headroom>, out: &mut dyn Write) -> io::Result<()> {
     now(density, out)?;
     if density.totals.clones > 0 {
         further(density, headroom, out)?;
@@ -64,25 +64,27 @@ fn now(density: &Density, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn further(density: &Density, headroom: &Headroom, out: &mut dyn Write) -> io::Result<()> {
+fn further(density: &Density, headroom: Option<&Headroom>, out: &mut dyn Write) -> io::Result<()> {
     let t = &density.totals;
     if let Some(each) = t.bytes_per_further_clone {
         writeln!(out, "\none more clone takes {each}: the mean of these clones")?;
     }
-    if let Some(count) = headroom.further_clones {
-        let available = headroom.available_bytes;
-        writeln!(out, "about {count} more fit (estimate): {available} of memory are available now")?;
+    if let Some(count) = headroom.and_then(|its| its.further_clones) {
+        writeln!(out, "about {count} more fit (estimate; 'stencil capacity T' has the limits)")?;
     }
-    if let (true, Some(left), Some(each)) =
-        (headroom.is_limited_by_commit(), headroom.commit_left_bytes, headroom.commit_bytes_per_clone)
-    {
+    let limit = headroom.filter(|its| its.is_limited_by_commit());
+    if let Some((left, each)) = limit.and_then(|its| its.commit_left_bytes.zip(its.commit_bytes_per_clone)) {
         writeln!(out, "  the commit limit ends first: {left} are left of it, and a clone takes {each}")?;
     }
     templates(&density.templates, headroom, out)
 }
 
 /// Prints what one more clone of each template takes, if there are clones of several templates.
-fn templates(templates: &[TemplateMemory], headroom: &Headroom, out: &mut dyn Write) -> io::Result<()> {
+fn templates(
+    templates: &[TemplateMemory],
+    headroom: Option<&Headroom>,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let each = |its: &TemplateMemory| its.bytes_per_further_clone.unwrap_or_default();
     let mut rows: Vec<&TemplateMemory> =
         templates.iter().filter(|template| template.bytes_per_further_clone.is_some()).collect();
@@ -103,7 +105,9 @@ fn templates(templates: &[TemplateMemory], headroom: &Headroom, out: &mut dyn Wr
             its.clones.to_string(),
             its.resident_bytes.to_string(),
             each(its).to_string(),
-            headroom.fit(each(its)).map_or_else(|| "-".to_owned(), |count| count.to_string()),
+            headroom
+                .and_then(|all| all.fit(each(its)))
+                .map_or_else(|| "-".to_owned(), |count| count.to_string()),
         ]);
     }
     table.print(out)?;
@@ -182,7 +186,7 @@ mod tests {
 
     fn view(density: &Density, headroom: &Headroom) -> String {
         let mut out = Vec::new();
-        print(density, headroom, &mut out).unwrap();
+        print(density, Some(headroom), &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 

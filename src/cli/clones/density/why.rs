@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::output::to_json;
-use crate::clones::accounting::{self, Code, Density, Reasons, Survey};
+use crate::clones::accounting::{self, Code, Density, Reasons, Statuses, Survey};
 use crate::clones::counted;
 use crate::control::{Mount, Served, TemplateStatus};
 use crate::error::Result;
@@ -41,22 +41,20 @@ impl Explanation {
     /// Same as [`accounting::reasons`].
     pub fn new(mounts: &[Mount], survey: &Survey) -> Result<Explanation> {
         let mut served: BTreeMap<Digest, Vec<ServedBy>> = BTreeMap::new();
-        for mount in mounts {
-            let status = match mount.status() {
-                Ok(status) => status,
-                Err(_) if mount.is_dead() => continue,
-                Err(error) => {
-                    log::warn!("{error}");
-                    continue;
-                }
-            };
-            for template in status.templates {
+        let mut statuses = Statuses::new();
+        for (index, mount) in mounts.iter().enumerate() {
+            let status = mount.status();
+            let unanswered = status.as_ref().err().filter(|_| !mount.is_dead());
+            unanswered.iter().for_each(|error| log::warn!("{error}"));
+            for template in status.iter().flat_map(|status| &status.templates) {
                 let TemplateStatus { digest, serving, why, .. } = template;
-                let by = ServedBy { mountpoint: mount.mountpoint.clone(), serving, why };
-                served.entry(digest).or_default().push(by);
+                let mountpoint = mount.mountpoint.clone();
+                let by = ServedBy { mountpoint, serving: *serving, why: why.clone() };
+                served.entry(*digest).or_default().push(by);
             }
+            statuses.insert(index, status.ok());
         }
-        Ok(Explanation { reasons: accounting::reasons(mounts, survey)?, served })
+        Ok(Explanation { reasons: accounting::reasons_with(mounts, statuses, survey)?, served })
     }
 
     /// Adds the reasons to the rows of templates and clones.
@@ -87,27 +85,60 @@ impl Explanation {
             }
         }
         writeln!(out, "\nreasons")?;
-        let mut sums: BTreeMap<(Code, &str), (u64, Bytes)> = BTreeMap::new();
-        let of_clones = reasons.clones.iter().flatten().map(|reason| (reason, 1));
-        let shown = density.templates.iter().filter_map(|row| reasons.templates.get(&row.digest));
-        let of_templates = shown.flatten().map(|reason| (reason, 0));
-        for (reason, count) in of_templates.chain(of_clones) {
-            let (clones, bytes) = sums.entry((reason.code, reason.remedy)).or_default();
-            *clones += count;
-            *bytes += reason.bytes;
+        let mut sums: BTreeMap<(Code, &str), Sum> = BTreeMap::new();
+        for row in &density.templates {
+            let name =
+                row.digest.short() + &row.tags.first().map_or_else(String::new, |tag| format!(" {tag}"));
+            for reason in reasons.templates.get(&row.digest).into_iter().flatten() {
+                sums.entry((reason.code, reason.remedy)).or_default().add(reason.bytes, &name, false);
+            }
+        }
+        for (row, list) in density.clones.iter().zip(&reasons.clones) {
+            for reason in list {
+                sums.entry((reason.code, reason.remedy)).or_default().add(reason.bytes, &row.id, true);
+            }
         }
         if sums.is_empty() {
             return writeln!(out, "  none");
         }
-        for ((code, remedy), (clones, bytes)) in sums {
-            let place = match clones {
-                0 => "all clones of a template".to_owned(),
-                clones => counted(clones, "clone", "clones"),
-            };
-            writeln!(out, "  {:<20}{:>10}  {place}", code.name(), bytes.to_string())?;
+        for ((code, remedy), sum) in sums {
+            writeln!(out, "  {:<20}{:>10}  {}", code.name(), sum.bytes.to_string(), sum.place())?;
             writeln!(out, "    {remedy}")?;
         }
         Ok(())
+    }
+}
+
+/// The memory of one code. A code is either of clones or of templates.
+#[derive(Debug, Default)]
+struct Sum {
+    bytes: Bytes,
+    count: u64,
+    is_of_clones: bool,
+    /// The largest part, and the clone or template that has the part.
+    largest: (Bytes, String),
+}
+
+impl Sum {
+    fn add(&mut self, bytes: Bytes, name: &str, is_of_clone: bool) {
+        self.bytes += bytes;
+        self.count += 1;
+        self.is_of_clones = is_of_clone;
+        if bytes > self.largest.0 {
+            self.largest = (bytes, name.to_owned());
+        }
+    }
+
+    fn place(&self) -> String {
+        let largest = sanitize(&self.largest.1);
+        let all = match self.is_of_clones {
+            true => counted(self.count, "clone", "clones"),
+            false => counted(self.count, "template", "templates"),
+        };
+        match self.count {
+            1 => format!("{all}: {largest}"),
+            _ => format!("{all}, most by {largest}"),
+        }
     }
 }
 

@@ -27,17 +27,14 @@ pub fn add(mounts: &[Mount], survey: &Survey, reasons: &mut Reasons) -> Result<(
     let (mut charged, mut failed) = (Charged::new(), None);
     let clones: Vec<&CloneProcess> = survey.clones.iter().map(|(clone, _)| clone).collect();
     let has_cache = |file: &ServedFile| {
-        let of_file = |(mount, digest, name): (usize, Digest, &str)| {
-            (mount, digest, name) == (file.mount, file.digest, file.name.as_str())
-        };
-        let mut backings = survey.backings.iter().map(|(mount, its)| (*mount, its.digest, its.file.as_str()));
-        survey.opened.contains_key(&file.digest) && (file.serving == Serving::Decode || backings.any(of_file))
+        survey.opened.contains_key(&file.digest)
+            && (file.serving == Serving::Decode || survey.has_backing(file.mount, file.digest, &file.name))
     };
     residency::each_inode(mounts, &survey.inodes, &clones, has_cache, |served, file| {
         let resident = files.entry((served.digest, served.index)).or_default();
         let of_template = charged.entry(served.digest).or_default();
         residency::each_page(&file, |offset, frame| {
-            resident.push(offset..offset + PAGE_SIZE);
+            append(resident, offset..offset + PAGE_SIZE);
             match charges.as_ref().map(|charges| charges.of(frame)) {
                 Some(Ok(cgroup)) => *of_template.entry(cgroup).or_default() += 1,
                 Some(Err(error)) => failed = Some(error),
@@ -54,7 +51,15 @@ pub fn add(mounts: &[Mount], survey: &Survey, reasons: &mut Reasons) -> Result<(
     add_charges(&charged, survey, reasons)
 }
 
-/// Returns the size of all pages but one of each.
+/// Adds a range, as a part of the last one if both adjoin.
+fn append(resident: &mut Resident, range: Range<u64>) {
+    match resident.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => resident.push(range),
+    }
+}
+
+/// Returns the size of all pages except one of each.
 fn twice(resident: Resident) -> Bytes {
     let bytes = |ranges: &[Range<u64>]| -> u64 { ranges.iter().map(|range| range.end - range.start).sum() };
     let all = bytes(&resident);
@@ -79,13 +84,17 @@ fn add_charges(charged: &Charged, survey: &Survey, reasons: &mut Reasons) -> Res
         let of_template = charged.get(&digest).into_iter().flatten();
         let by_path: HashMap<&str, u64> =
             of_template.filter_map(|(inode, pages)| Some((paths.get(inode)?.as_str(), *pages))).collect();
-        for ((clone, measured), list) in survey.clones.iter().zip(&mut reasons.clones) {
-            let own = measured.cgroup.as_str();
+        let mut clones_of: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for (index, (clone, measured)) in survey.clones.iter().enumerate() {
+            if is_clone(&measured.command) && clone.maps.iter().any(|map| map.digest == digest) {
+                clones_of.entry(&measured.cgroup).or_default().push(index);
+            }
+        }
+        for (own, clones) in clones_of {
             let is_shared = cgroups.iter().any(|other| !is_below(other, own));
-            let is_of_clone =
-                is_clone(&measured.command) && clone.maps.iter().any(|map| map.digest == digest);
-            if let (true, true, Some(pages)) = (is_of_clone, is_shared, by_path.get(own)) {
-                Reasons::push(list, Code::Charged, PageCount::new(*pages).bytes());
+            let Some(pages) = by_path.get(own).filter(|_| is_shared) else { continue };
+            for (clone, share) in clones.iter().zip(PageCount::new(*pages).bytes().split(clones.len())) {
+                Reasons::push(&mut reasons.clones[*clone], Code::Charged, share);
             }
         }
     }
@@ -108,6 +117,10 @@ mod tests {
         assert_eq!(twice(vec![]), Bytes::ZERO);
         assert_eq!(twice(vec![page(1), page(2), page(5)]), Bytes::ZERO);
         assert_eq!(twice(vec![page(1), page(2), page(2), page(2), page(1)]).get(), 3 * PAGE_SIZE);
+        let mut merged = Resident::new();
+        [1, 2, 5, 0, 1].into_iter().for_each(|number| append(&mut merged, page(number)));
+        assert_eq!(merged, [PAGE_SIZE..3 * PAGE_SIZE, page(5), 0..2 * PAGE_SIZE]);
+        assert_eq!(twice(merged).get(), PAGE_SIZE);
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub enum Code {
     DecodeFallback,
     /// Template pages are in several page caches.
     CachedTwice,
+    /// Zero pages of a template are in the page cache.
+    ResidentZeros,
     /// Template pages are charged to the memory cgroup of a clone, and clones outside of that cgroup share the pages.
     Charged,
     /// A VMM maps another file with the bytes of the template.
@@ -44,10 +46,11 @@ pub enum Code {
 impl Code {
     /// All codes.
     #[cfg(test)]
-    const ALL: [Code; 14] = [
+    const ALL: [Code; 15] = [
         Code::Decode,
         Code::DecodeFallback,
         Code::CachedTwice,
+        Code::ResidentZeros,
         Code::Charged,
         Code::CopiedFile,
         Code::HugeAdvice,
@@ -67,6 +70,7 @@ impl Code {
             Code::Decode => "decode",
             Code::DecodeFallback => "decode-fallback",
             Code::CachedTwice => "cached-twice",
+            Code::ResidentZeros => "resident-zeros",
             Code::Charged => "charged",
             Code::CopiedFile => "copied-file",
             Code::HugeAdvice => "huge-advice",
@@ -91,6 +95,7 @@ impl Code {
             Code::CachedTwice => {
                 "serve the template in one way and by one mount: launch the clones of the other way again"
             }
+            Code::ResidentZeros => "map long runs of zeros as anonymous memory, as the Rust library does",
             Code::Charged => {
                 "read the file in another cgroup before the first clone starts: 'stencil warm', or cat(1)"
             }
@@ -133,9 +138,14 @@ pub struct Reasons {
 }
 
 impl Reasons {
+    /// Adds a reason to the list. The bytes of one code add up.
     pub(super) fn push(list: &mut Vec<Reason>, code: Code, bytes: Bytes) {
-        if bytes > Bytes::ZERO {
-            list.push(Reason { code, bytes, remedy: code.remedy() });
+        if bytes == Bytes::ZERO {
+            return;
+        }
+        match list.iter_mut().find(|reason| reason.code == code) {
+            Some(reason) => reason.bytes += bytes,
+            None => list.push(Reason { code, bytes, remedy: code.remedy() }),
         }
     }
 
@@ -152,6 +162,29 @@ mod tests {
     fn json_and_text_have_the_same_name() {
         for code in Code::ALL {
             assert_eq!(serde_json::to_value(code).unwrap(), code.name());
+        }
+    }
+
+    #[test]
+    fn a_list_has_each_code_once() {
+        let mut list = Vec::new();
+        for (code, bytes) in [(Code::Charged, 3), (Code::Zeros, 0), (Code::Overhead, 1), (Code::Charged, 4)] {
+            Reasons::push(&mut list, code, Bytes::new(bytes));
+        }
+        let found: Vec<(Code, u64)> = list.iter().map(|reason| (reason.code, reason.bytes.get())).collect();
+        assert_eq!(found, [(Code::Charged, 7), (Code::Overhead, 1)]);
+    }
+
+    #[test]
+    fn the_reference_has_a_row_for_each_code() {
+        let page = include_str!("../../../../docs/reference/reasons.md");
+        let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
+        assert_eq!(rows.len(), Code::ALL.len());
+        for code in Code::ALL {
+            let row = rows.iter().find(|row| row.starts_with(&format!("| `{}` |", code.name())));
+            let row = row.unwrap_or_else(|| panic!("no row of {}", code.name()));
+            let text = row.replace('`', "'");
+            assert!(text.ends_with(&format!("| {} |", code.remedy())), "{row}\n{}", code.remedy());
         }
     }
 }

@@ -13,16 +13,19 @@ use crate::sys::memory::pagemap::Pagemap;
 use crate::sys::memory::process_memory::ProcessMemory;
 use crate::units::{Bytes, PAGE_SIZE, PageCount, to_usize};
 
-/// Copied pages of each template by the hash of their bytes.
-type Contents = BTreeMap<Digest, HashMap<blake3::Hash, Copies>>;
+/// First half of a BLAKE3 hash: two of 2^32 different pages have the same one with a chance of about 2^-65.
+type Hash = [u8; 16];
 
-/// Copied pages with equal bytes.
+/// Copied pages of each template.
+type Contents = BTreeMap<Digest, Copies>;
+
+/// Copied pages of a template by the hash of their bytes.
 #[derive(Default)]
 struct Copies {
-    /// Pages in frames that no other clone has.
-    exclusive: u64,
-    /// Frames of the other pages. A fork or KSM may have made clones share them.
-    frames: HashSet<u64>,
+    /// Number of frames.
+    frames: HashMap<Hash, u64>,
+    /// The frames that other clones may have too, by a fork or KSM. Each counts once.
+    shared: HashSet<(Hash, u64)>,
 }
 
 pub fn add(survey: &Survey, reasons: &mut Reasons) -> Result<()> {
@@ -37,10 +40,9 @@ pub fn add(survey: &Survey, reasons: &mut Reasons) -> Result<()> {
             Err(error) => return Err(error),
         }
     }
-    for (digest, pages) in contents {
-        let frames = |copies: Copies| copies.exclusive + copies.frames.len() as u64;
+    for (digest, copies) in contents {
         // One of each remains.
-        let superfluous: u64 = pages.into_values().map(|copies| frames(copies).saturating_sub(1)).sum();
+        let superfluous: u64 = copies.frames.into_values().map(|frames| frames.saturating_sub(1)).sum();
         reasons.of_template(digest, Code::EqualCopies, PageCount::new(superfluous).bytes());
     }
     Ok(())
@@ -75,15 +77,23 @@ fn compare(
             } else if copy.iter().all(|byte| *byte == 0) {
                 zeros += PageCount::new(1);
             } else {
-                let copies = contents.entry(map.digest).or_default().entry(blake3::hash(&copy)).or_default();
+                let (hash, copies) = (hash(&copy), contents.entry(map.digest).or_default());
+                let frames = copies.frames.entry(hash).or_default();
                 match &pagemap {
-                    None => copies.exclusive += 1,
+                    None => *frames += 1,
                     Some(pagemap) => pagemap.each_entry(address..address + PAGE_SIZE, |_, entry| {
-                        copies.frames.extend(entry.frame());
+                        let is_new = entry.frame().is_some_and(|frame| copies.shared.insert((hash, frame)));
+                        *frames += u64::from(is_new);
                     })?,
                 }
             }
         }
     }
     Ok((equal.bytes(), zeros.bytes()))
+}
+
+fn hash(page: &[u8]) -> Hash {
+    let (mut half, whole) = (Hash::default(), blake3::hash(page));
+    half.copy_from_slice(&whole.as_bytes()[..16]);
+    half
 }

@@ -12,8 +12,10 @@ use crate::store::{FileKind, Serving};
 use crate::sys::memory::smaps;
 use crate::units::Bytes;
 
-pub fn add(mounts: &[Mount], survey: &Survey, reasons: &mut Reasons) -> Result<()> {
-    let mut statuses: BTreeMap<usize, Option<MountStatus>> = BTreeMap::new();
+/// Status by index of the mount; `None` for a mount that does not answer.
+pub type Statuses = BTreeMap<usize, Option<MountStatus>>;
+
+pub fn add(mounts: &[Mount], mut statuses: Statuses, survey: &Survey, reasons: &mut Reasons) -> Result<()> {
     for ((clone, measured), list) in survey.clones.iter().zip(&mut reasons.clones) {
         let mut fallback = Bytes::ZERO;
         for (map, clean) in decoded(clone, measured) {

@@ -159,7 +159,8 @@ fn density_scans_each_page_of_a_clone_once() {
     let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
     let [clones, pages, reads] = numbers[..] else { panic!("{line}") };
     assert_eq!(clones, 9, "{line}");
-    assert!(pages <= clones * ADDRESS_SPACE, "a page is scanned twice: {line}");
+    // One page of a process that Stencil did not launch shows whether its writes are tracked.
+    assert!(pages <= clones * ADDRESS_SPACE + 1, "a page is scanned twice: {line}");
     // The copied pages lie apart. One read for each would be 250 reads for each clone.
     assert!(reads <= clones * 24, "{line}");
 }

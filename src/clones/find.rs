@@ -7,13 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::clones::counted;
 use crate::control::Mount;
 use crate::error::{Error, Result};
 use crate::store::{Digest, Serving, Store, Template, inode_number};
@@ -22,6 +20,7 @@ use crate::sys::process::holders::{self, SCAN_TIMEOUT, Sight, Unseen};
 use crate::sys::process::{ProcessId, address_space, procfs};
 use crate::units::{Bytes, FileOffset, HUGE_PAGE_SIZE};
 
+pub mod dead_mount;
 pub mod handlers;
 
 /// A file of a template as one mount serves it: the target of an inode number.
@@ -304,56 +303,6 @@ impl Search {
     /// Describes the processes that could not be inspected, `None` if there are none.
     pub fn holes(&self) -> Option<String> {
         self.unseen.describe("be clones")
-    }
-}
-
-/// A mount whose supervisor and server are dead.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct DeadMount {
-    /// Mountpoint.
-    #[serde(serialize_with = "crate::sanitize::path")]
-    pub mountpoint: PathBuf,
-    /// Number of clones that map a template through the mount.
-    pub clones: u64,
-    /// What to do next.
-    pub remedy: String,
-    /// What has happened.
-    #[serde(skip)]
-    message: String,
-    /// Device number of the mount.
-    #[serde(skip)]
-    pub device: u64,
-}
-
-impl DeadMount {
-    /// Returns the dead ones of the mounts that the clones were found in.
-    pub fn of<'a>(
-        mounts: &[Mount],
-        clones: impl Iterator<Item = &'a CloneProcess> + Clone,
-    ) -> Vec<DeadMount> {
-        let dead = mounts.iter().enumerate().filter(|(_, mount)| mount.is_dead());
-        let with_error = dead.map(|(index, mount)| (index, mount, mount.lost_both()));
-        with_error
-            .map(|(index, mount, error)| DeadMount {
-                mountpoint: mount.mountpoint.clone(),
-                clones: clones.clone().filter(|clone| clone.maps.iter().any(|map| map.mount == index)).count()
-                    as u64,
-                remedy: error.hint_text().unwrap_or_default().to_owned(),
-                message: error.message().to_owned(),
-                device: mount.device,
-            })
-            .collect()
-    }
-
-    /// Describes the dead mount and its clones.
-    pub fn describe(&self) -> String {
-        let map = if self.clones == 1 { "maps" } else { "map" };
-        format!(
-            "{}: {}; {} still {map} its templates",
-            self.mountpoint.display(),
-            self.message,
-            counted(self.clones, "clone", "clones"),
-        )
     }
 }
 

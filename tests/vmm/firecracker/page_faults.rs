@@ -97,7 +97,7 @@ fn a_page_fault_handler_is_no_clone_and_the_firecracker_that_it_serves_is_named(
     let failed = row["checks"].as_array().unwrap().iter().find(|check| check["ok"] == false).unwrap();
     let why = failed["why"].as_str().unwrap();
     assert_eq!([&failed["name"], &failed["remedy"]], ["template", "use the File backend"], "{check:#}");
-    assert!(why.contains(&format!("into the memory of process {served} (firecracker")), "{why}");
+    assert!(why.contains(&format!("the memory of process {served} (firecracker")), "{why}");
 
     let refused = world.stencil(&["rm", "fc:1"]).exits(5).err;
     let text = format!("process {reader} handles page faults of process {served} (firecracker");

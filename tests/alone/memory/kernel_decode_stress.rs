@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use stencilfs::sys::memory::mapping::Advice;
-use stencilfs::sys::process::procfs;
+use stencilfs::sys::process::{cgroup, procfs};
 use stencilfs::units::MemoryOffset;
 
 use crate::mount::kernel_decode::bytes::mixed;
@@ -160,14 +160,19 @@ fn pass(known: &Known, way: Way, random: &mut Random) -> u64 {
 
 /// Fills the available memory up to a rest and frees it again.
 fn press(over: &AtomicBool) {
-    let available = procfs::meminfo("MemAvailable").unwrap().unwrap().get();
-    let wanted = available.saturating_sub(LEFT);
+    let wanted = available().saturating_sub(LEFT);
     let mut held: Vec<Vec<u8>> = Vec::new();
     // Pages that readers bring into memory meanwhile are available memory too.
     for _ in 0..wanted / (64 << 20) {
-        if over.load(Ordering::Relaxed) || procfs::meminfo("MemAvailable").unwrap().unwrap().get() < LEFT {
+        if over.load(Ordering::Relaxed) || available() < LEFT {
             break;
         }
         held.push(vec![1; 64 << 20]);
     }
+}
+
+/// Bytes that this process can still allocate.
+fn available() -> u64 {
+    let host = procfs::meminfo("MemAvailable").unwrap().unwrap();
+    cgroup::memory_left(std::process::id()).map_or(host, |left| left.min(host)).get()
 }
